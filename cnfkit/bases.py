@@ -1,0 +1,90 @@
+"""Base distributions: where the latent lives."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit.bijections.base import as_shape, check_points, sum_event
+
+
+class Base(nn.Module, ABC):
+    """A distribution with a density that is known and samples that are easy.
+
+    Args:
+        event_shape: the shape of one point.
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = as_shape("event_shape", event_shape)
+        # knows the dtype and device that samples are drawn with; moves with .to(), is not saved
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log-density of points, shape ``(*batch, *event_shape)`` to ``(*batch)``."""
+        check_points(type(self).__name__, "z", z, self.event_shape, self.like)
+        return sum_event(self._log_prob(z), self.event_shape)
+
+    def sample(self, n: int | Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
+        """Independent points, shape ``(*n, *event_shape)``.
+
+        They are drawn on the generator's device and moved to the module's, so that a CPU generator gives the same
+        points everywhere.
+        """
+        sizes = torch.Size([n] if isinstance(n, int) else n)
+        noise = torch.empty(
+            *sizes, *self.event_shape, dtype=self.like.dtype, device=generator.device if generator else self.like.device
+        )
+        return self._fill(noise, generator).to(self.like.device)
+
+    @abstractmethod
+    def _log_prob(self, z: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _fill(self, noise: Tensor, generator: torch.Generator | None) -> Tensor: ...
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.event_shape)}"
+
+
+class Normal(Base):
+    r"""The standard normal distribution.
+
+    .. math:: \log p(z) = -\tfrac12 \|z\|^2 - \tfrac{d}{2} \log 2\pi
+
+    Args:
+        event_shape: the shape of one point.
+
+    >>> Normal(2).log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+
+    def _log_prob(self, z):
+        return -0.5 * (z.square() + math.log(2 * math.pi))
+
+    def _fill(self, noise, generator):
+        return noise.normal_(generator=generator)
+
+
+class Uniform(Base):
+    r"""The uniform distribution on the unit cube.
+
+    .. math:: p(z) = 1 \text{ on } [0, 1]^d, \text{ else } 0
+
+    Args:
+        event_shape: the shape of one point.
+
+    >>> Uniform(3).log_prob(torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.5, 1.5]]))
+    tensor([0., -inf])
+    """
+
+    def _log_prob(self, z):
+        return torch.zeros_like(z).masked_fill((z < 0) | (z > 1), -math.inf)
+
+    def _fill(self, noise, generator):
+        return noise.uniform_(generator=generator)

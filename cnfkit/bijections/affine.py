@@ -1,0 +1,134 @@
+"""Affine maps: a full matrix, a diagonal, and the standardisation of data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit.bijections.base import Bijection, Result, sum_event
+
+
+class Affine(Bijection):
+    r"""A full affine map; with a standard normal base it is every multivariate normal.
+
+    .. math:: z = A x + b, \qquad \log|\det \partial z / \partial x| = \log|\det A|
+
+    The log-determinant costs :math:`O(d^3)`.
+
+    Args:
+        matrix: :math:`A`, shape ``(d, d)``, invertible; the start of a trained parameter.
+        shift: :math:`b`, shape ``(d,)``; zero unless given.
+
+    Raises:
+        ValueError: if a shape is wrong, or the matrix is singular.
+
+    >>> cube = Affine(0.5 * torch.eye(3))  # the latent cube is the data cube, scaled by 1/2
+    >>> cube(torch.ones(1, 3)).logdet.exp()
+    tensor([0.1250], grad_fn=<ExpBackward0>)
+    """
+
+    def __init__(self, matrix: Tensor, shift: Tensor | None = None) -> None:
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; wanted (d, d)")
+        super().__init__(matrix.shape[0])
+        shift = matrix.new_zeros(len(matrix)) if shift is None else shift
+        if shift.shape != self.event_shape:
+            raise ValueError(f"shift has shape {tuple(shift.shape)}; wanted {tuple(self.event_shape)}")
+        if not torch.linalg.slogdet(matrix).logabsdet.isfinite():
+            raise ValueError("matrix is singular or not finite: the map has no inverse")
+        self.matrix = nn.Parameter(matrix.detach().clone())
+        self.shift = nn.Parameter(shift.detach().clone())
+
+    def _forward(self, x, context, solve):
+        return Result(x @ self.matrix.T + self.shift, self._logdet(x))
+
+    def _inverse(self, z, context, solve):
+        x = torch.linalg.solve(self.matrix, (z - self.shift).unsqueeze(-1)).squeeze(-1)
+        return Result(x, -self._logdet(z))
+
+    def _logdet(self, points: Tensor) -> Tensor:
+        return torch.linalg.slogdet(self.matrix).logabsdet.expand(points.shape[:-1])
+
+
+class Diagonal(Bijection):
+    r"""Each coordinate scaled and shifted on its own.
+
+    .. math:: z_i = e^{s_i} x_i + b_i, \qquad \log|\det \partial z / \partial x| = \sum_i s_i
+
+    Args:
+        event_shape: the shape of one point.
+        log_scale: the start of :math:`s`, a number or a tensor that broadcasts to ``event_shape``.
+        shift: the start of :math:`b`, likewise.
+
+    Raises:
+        ValueError: if a tensor does not broadcast to ``event_shape``.
+
+    >>> Diagonal(2, log_scale=1.0, shift=-1.0)(torch.zeros(2)).value
+    tensor([-1., -1.], grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, event_shape, log_scale: float | Tensor = 0.0, shift: float | Tensor = 0.0) -> None:
+        super().__init__(event_shape)
+        for name, value in (("log_scale", log_scale), ("shift", shift)):
+            value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+            try:
+                value.expand(self.event_shape)
+            except RuntimeError:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; wanted one that broadcasts to {tuple(self.event_shape)}"
+                ) from None
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+    def _forward(self, x, context, solve):
+        return Result(self.log_scale.exp() * x + self.shift, self._logdet(x))
+
+    def _inverse(self, z, context, solve):
+        return Result((z - self.shift) * (-self.log_scale).exp(), -self._logdet(z))
+
+    def _logdet(self, points: Tensor) -> Tensor:
+        batch = points.shape[: points.dim() - len(self.event_shape)]
+        return self.log_scale.expand(self.event_shape).sum().expand(batch)
+
+
+class Standardize(Bijection):
+    r"""Subtract a mean and divide by a standard deviation, both fixed.
+
+    .. math:: z_i = (x_i - \mu_i) / \sigma_i, \qquad \log|\det \partial z / \partial x| = -\sum_i \log \sigma_i
+
+    It stands inside the flow, so that likelihoods are in the units of the data.
+
+    Args:
+        mean: :math:`\mu`, shape ``event_shape``.
+        std: :math:`\sigma`, the same shape, positive.
+
+    Raises:
+        ValueError: if the shapes differ, or a standard deviation is not positive.
+
+    >>> flow = Standardize.of(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
+    >>> flow(torch.tensor([1.0, 20.0])).value
+    tensor([0., 0.])
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__(mean.shape)
+        if std.shape != mean.shape:
+            raise ValueError(f"std has shape {tuple(std.shape)}; wanted that of mean, {tuple(mean.shape)}")
+        if not (std > 0).all():
+            raise ValueError("std: every entry must be positive; a constant column carries no density, leave it out")
+        self.register_buffer("mean", mean.detach().clone())
+        self.register_buffer("std", std.detach().clone())
+
+    @classmethod
+    def of(cls, data: Tensor) -> Standardize:
+        """The standardisation of ``data``, shape ``(n, *event_shape)``, n at least 2."""
+        if len(data) < 2:
+            raise ValueError(f"data has {len(data)} rows; a standard deviation needs at least 2")
+        return cls(data.mean(0), data.std(0, correction=0))
+
+    def _forward(self, x, context, solve):
+        z = (x - self.mean) / self.std
+        return Result(z, -sum_event(self.std.log().expand_as(z), self.event_shape))
+
+    def _inverse(self, z, context, solve):
+        x = z * self.std + self.mean
+        return Result(x, sum_event(self.std.log().expand_as(x), self.event_shape))

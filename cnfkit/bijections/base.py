@@ -1,0 +1,237 @@
+"""What every bijection is: a map with an inverse and a log-determinant, and how maps combine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit.ode.solve import Solve
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one pass through a bijection gives.
+
+    Attributes:
+        value: the image of the points, shape ``(*batch, *event)``.
+        logdet: :math:`\\log |\\det \\partial \\text{value} / \\partial \\text{input}|`, shape ``(*batch)``.
+        penalties: named regularisers of the path that was taken, each of shape ``(*batch)``; empty for finite flows.
+        stats: named counts, such as evaluations of a field; empty for finite flows.
+
+    >>> first = Result(torch.zeros(3, 2), torch.full((3,), 1.0), stats={"evaluations": 4})
+    >>> second = Result(torch.ones(3, 2), torch.full((3,), 0.5), stats={"evaluations": 6})
+    >>> both = first.then(second)
+    >>> both.value[0], both.logdet[0], both.stats
+    (tensor([1., 1.]), tensor(1.5000), {'evaluations': 10})
+    """
+
+    value: Tensor
+    logdet: Tensor
+    penalties: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, int] = field(default_factory=dict)
+
+    def then(self, after: Result) -> Result:
+        """The result of this pass followed by another: the value is the later one, everything else adds up."""
+        return Result(
+            value=after.value,
+            logdet=self.logdet + after.logdet,
+            penalties=_sum(self.penalties, after.penalties),
+            stats=_sum(self.stats, after.stats),
+        )
+
+
+def _sum(first: dict, second: dict) -> dict:
+    return {**first, **{key: first[key] + value if key in first else value for key, value in second.items()}}
+
+
+class Bijection(nn.Module, ABC):
+    r"""A differentiable map with a differentiable inverse.
+
+    .. math:: z = f(x), \qquad x = f^{-1}(z), \qquad
+              \text{logdet} = \log \left| \det \frac{\partial f}{\partial x} \right|
+
+    ``forward`` goes from data to latent, ``inverse`` back, and each reports the log-determinant of the direction that
+    it went. A new bijection writes ``_forward`` and ``_inverse``; their arguments have been checked by then.
+
+    Args:
+        event_shape: the shape of one point :math:`x`.
+        latent_shape: the shape of one point :math:`z`; the same unless given.
+
+    Raises:
+        ValueError: if a shape holds no or non-positive sizes; on a call, if the points do not have the right shape.
+        TypeError: on a call, if the points are no floating-point tensor, or not of the parameters' dtype or device.
+    """
+
+    takes_context = False
+
+    def __init__(self, event_shape: int | Sequence[int], latent_shape: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.event_shape = as_shape("event_shape", event_shape)
+        self.latent_shape = self.event_shape if latent_shape is None else as_shape("latent_shape", latent_shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Result:
+        """Data to latent: :math:`z = f(x)`.
+
+        Args:
+            x: points, shape ``(*batch, *event_shape)``.
+            context: what the map is conditioned on, shape ``(*batch, features)``, for maps that take one.
+            solve: how to solve an ODE, for maps that are one; ignored by the others.
+
+        Returns:
+            A :class:`Result` whose value has shape ``(*batch, *latent_shape)``.
+        """
+        self._check("x", x, self.event_shape, context)
+        return self._forward(x, context, solve)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Result:
+        """Latent to data: :math:`x = f^{-1}(z)`; arguments and result as in :meth:`forward`, shapes exchanged."""
+        self._check("z", z, self.latent_shape, context)
+        return self._inverse(z, context, solve)
+
+    @abstractmethod
+    def _forward(self, x: Tensor, context: Tensor | None, solve: Solve | None) -> Result: ...
+
+    @abstractmethod
+    def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result: ...
+
+    def _check(self, name: str, value: Tensor, shape: torch.Size, context: Tensor | None) -> None:
+        check_points(type(self).__name__, name, value, shape, next(self.parameters(), None))
+        if context is not None and not self.takes_context:
+            raise ValueError(f"{type(self).__name__}: context was given, but this map takes none")
+
+    def extra_repr(self) -> str:
+        arrow = "" if self.latent_shape == self.event_shape else f" -> {tuple(self.latent_shape)}"
+        return f"{tuple(self.event_shape)}{arrow}"
+
+
+class Chain(Bijection):
+    r"""Bijections one after another.
+
+    .. math:: f = f_K \circ \dots \circ f_1, \qquad
+              \log \left| \det \frac{\partial f}{\partial x} \right|
+              = \sum_k \log \left| \det \frac{\partial f_k}{\partial x_{k-1}} \right|
+
+    Args:
+        bijections: :math:`f_1, \dots, f_K`, in the order in which data pass through them.
+
+    Raises:
+        TypeError: if a member is no :class:`Bijection`.
+        ValueError: if there is no member, or one does not take the shape that the one before it gives.
+
+    >>> chain = Chain(Diagonal(2, log_scale=1.0), Diagonal(2, log_scale=0.5))
+    >>> chain(torch.zeros(3, 2)).logdet
+    tensor([3., 3., 3.], grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, *bijections: Bijection) -> None:
+        if not bijections:
+            raise ValueError("bijections: a Chain needs at least one, got none")
+        for k, member in enumerate(bijections):
+            if not isinstance(member, Bijection):
+                raise TypeError(f"bijections[{k}] is a {type(member).__name__}; wanted a Bijection")
+        for k, (before, after) in enumerate(pairwise(bijections)):
+            if before.latent_shape != after.event_shape:
+                raise ValueError(
+                    f"bijections[{k}] ({type(before).__name__}) gives shape {tuple(before.latent_shape)}, but "
+                    f"bijections[{k + 1}] ({type(after).__name__}) takes {tuple(after.event_shape)}"
+                )
+        super().__init__(bijections[0].event_shape, bijections[-1].latent_shape)
+        self.members = nn.ModuleList(bijections)
+        self.takes_context = any(member.takes_context for member in bijections)
+
+    def _forward(self, x: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
+        result = None
+        for member in self.members:
+            step = member(x, context if member.takes_context else None, solve)
+            result, x = step if result is None else result.then(step), step.value
+        return result
+
+    def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
+        result = None
+        for member in reversed(self.members):
+            step = member.inverse(z, context if member.takes_context else None, solve)
+            result, z = step if result is None else result.then(step), step.value
+        return result
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, k: int) -> Bijection:
+        return self.members[k]
+
+
+class Inverse(Bijection):
+    r"""A bijection with its two directions exchanged.
+
+    .. math:: z = b^{-1}(x), \qquad x = b(z)
+
+    Args:
+        bijection: the map :math:`b` to turn round.
+
+    Raises:
+        TypeError: if ``bijection`` is none.
+
+    >>> halve = Inverse(Diagonal(1, log_scale=math.log(2.0)))
+    >>> halve(torch.tensor([[4.0]])).value.item()
+    2.0
+    """
+
+    def __init__(self, bijection: Bijection) -> None:
+        if not isinstance(bijection, Bijection):
+            raise TypeError(f"bijection is a {type(bijection).__name__}; wanted a Bijection")
+        super().__init__(bijection.latent_shape, bijection.event_shape)
+        self.bijection = bijection
+        self.takes_context = bijection.takes_context
+
+    def _forward(self, x: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
+        return self.bijection.inverse(x, context, solve)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
+        return self.bijection(z, context, solve)
+
+
+def as_shape(name: str, shape: int | Sequence[int]) -> torch.Size:
+    """``shape`` as a ``torch.Size`` of positive sizes, or a ``ValueError`` that names the argument."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"{name} is {shape!r}; wanted positive sizes, such as 2 or (1, 8, 8)")
+    return torch.Size(sizes)
+
+
+def check_points(owner: str, name: str, value: Tensor, shape: torch.Size, like: Tensor | None) -> None:
+    """Raise unless ``value`` is a floating-point tensor ``(*batch, *shape)`` with the dtype and device of ``like``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{owner}: {name} is a {type(value).__name__}; wanted a torch.Tensor")
+    if value.shape[max(value.dim() - len(shape), 0) :] != shape:
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(value.shape)}; wanted (*batch, {', '.join(map(str, shape))})"
+        )
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{owner}: {name} has dtype {value.dtype}; wanted floating point "
+            "(a discrete variable is dequantised first, see cnfkit.Dequantised)"
+        )
+    if like is None:
+        return
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{owner}: {name} has dtype {value.dtype}, but the parameters are {like.dtype}; "
+            f"call .to({like.dtype}) on {name}, or convert the module"
+        )
+    if value.device != like.device:
+        raise TypeError(
+            f"{owner}: {name} is on {value.device}, but the parameters are on {like.device}; move one to the other"
+        )
+
+
+def sum_event(value: Tensor, event_shape: torch.Size) -> Tensor:
+    """Sum over the event dimensions: ``(*batch, *event_shape)`` to ``(*batch)``."""
+    return value.flatten(-len(event_shape)).sum(-1)

@@ -1,0 +1,105 @@
+"""Weights in a file: safetensors, written whole or not at all, refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used: damaged, foreign, or made by another model."""
+
+
+def save(path: str | Path, module: nn.Module, **facts) -> None:
+    """Write a module's weights, and facts about them, to a safetensors file.
+
+    The file appears whole or not at all: a crash while writing leaves the one that was there.
+
+    Args:
+        path: the file; its folder is made if missing.
+        module: whose ``state_dict`` is saved.
+        facts: what JSON can hold, such as the command, the seed, or the held-out likelihood.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Path(folder) / "flow.safetensors", nn.Linear(2, 2), seed=0)
+    ...     load(Path(folder) / "flow.safetensors", nn.Linear(2, 2))
+    {'seed': 0}
+    """
+    write(path, module.state_dict(), facts)
+
+
+def load(path: str | Path, module: nn.Module) -> dict:
+    """Read weights that :func:`save` wrote into a module of the same architecture.
+
+    Args:
+        path: the file.
+        module: the module to fill; unchanged if anything is wrong.
+
+    Returns:
+        The facts that were saved with the weights.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged or foreign, or its weights do not fit the module.
+    """
+    tensors, facts = read(path)
+    fill(module, tensors, path)
+    return facts
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Copy tensors into a module, or raise a :class:`CheckpointError` that says what does not fit."""
+    wanted = module.state_dict()
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is not of this model" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{source} was made by another model: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(tensors)
+
+
+def write(path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write tensors and facts atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        metadata={"cnfkit": json.dumps(facts)},
+    )
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and facts of a file that :func:`write` wrote."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; train the model first (chapters: CNFKIT_RETRAIN=1)")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = (file.metadata() or {}).get("cnfkit")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if facts is None:
+            raise CheckpointError(f"{path} was not written by cnfkit: it holds tensors, but no facts about them")
+        return tensors, json.loads(facts)
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); delete it to start anew") from None

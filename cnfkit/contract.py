@@ -1,0 +1,187 @@
+"""The flow contract: everything that a flow promises, checked on the numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+
+from cnfkit.bijections.base import Bijection
+from cnfkit.checks import check
+from cnfkit.flow import Flow
+from cnfkit.ode.solve import Solve
+
+
+def bijection_contract(
+    bijection: Bijection,
+    x: Tensor,
+    context: Tensor | None = None,
+    solve: Solve | None = None,
+    tolerance: float = 1e-7,
+) -> None:
+    r"""Check that a map is a bijection, and that its log-determinant is right.
+
+    .. math:: f^{-1}(f(x)) = x, \qquad \text{logdet} = \log\left|\det \frac{\partial f}{\partial x}\right|, \qquad
+              \text{logdet}(f) + \text{logdet}(f^{-1}) = 0
+
+    Further: a point's result does not depend on the batch it comes in, nor on calls before; shapes and dtypes come
+    out as promised; the input is left alone. Jacobians are taken by autograd, on a float64 copy.
+
+    Args:
+        bijection: the map.
+        x: points that it takes, shape ``(n, *event_shape)``, n at least 2; a handful is enough.
+        context: what it is conditioned on, shape ``(n, features)``, if it is.
+        solve: how to solve an ODE, for maps that are one.
+        tolerance: the largest error in float64.
+
+    Raises:
+        CheckFailed: at the first promise that is broken.
+    """
+    if len(x) < 2:
+        raise ValueError(f"x has {len(x)} points; the contract needs at least 2")
+    n, event = len(x), len(bijection.event_shape)
+    f = copy.deepcopy(bijection).double()
+    x64, c64 = x.detach().double(), None if context is None else context.double()
+    before = x64.clone()
+
+    there = f(x64, c64, solve)
+    back = f.inverse(there.value, c64, solve)
+    # relative to 1 + |x|, so that heavy tails are held to digits and not to decimals
+    check("the inverse undoes the map", (back.value - x64).abs() / (1 + x64.abs()), below=tolerance)
+    check("both log-determinants cancel", (there.logdet + back.logdet).abs(), below=tolerance)
+
+    jacobians = torch.stack([_jacobian(f, x64[k], None if c64 is None else c64[k], solve) for k in range(n)])
+    error = there.logdet - torch.linalg.slogdet(jacobians).logabsdet
+    check("the log-determinant is that of autograd's Jacobian", error.abs(), below=tolerance)
+
+    alone = [f(x64[k], None if c64 is None else c64[k], solve) for k in range(n)]
+    again, grid = f(x64, c64, solve), f(x64[None], None if c64 is None else c64[None], solve)
+    difference = [
+        (torch.stack([result.value for result in alone]) - there.value).abs().amax(),
+        (torch.stack([result.logdet for result in alone]) - there.logdet).abs().amax(),
+        (again.value - there.value).abs().amax(),
+        (again.logdet - there.logdet).abs().amax(),
+        (grid.value[0] - there.value).abs().amax(),
+        (x64 - before).abs().amax(),
+    ]
+    check("a point's result does not depend on its batch or on earlier calls", torch.stack(difference), below=tolerance)
+
+    small = bijection(x, context, solve)
+    shapes = [
+        small.value.shape == (n, *bijection.latent_shape),
+        small.logdet.shape == (n,),
+        grid.logdet.shape == (1, n),
+        back.value.shape[-event:] == bijection.event_shape,
+        small.value.dtype == small.logdet.dtype == x.dtype,
+    ]
+    check("shapes and dtypes that are not as promised", shapes.count(False), below=1)
+
+
+def flow_contract(
+    flow: Flow,
+    x: Tensor | None = None,
+    context: Tensor | None = None,
+    solve: Solve | None = None,
+    support: tuple[float, float] = (-math.inf, math.inf),
+    tolerance: float = 1e-7,
+    seed: int = 0,
+) -> None:
+    r"""Check that a flow is a flow: its bijection, its density, its samples.
+
+    .. math:: \int p(x) \, dx = 1, \qquad \frac{\#\{ \text{samples in } C \}}{n} \approx \int_C p(x) \, dx
+              \text{ for every cell } C
+
+    The two integrals are checked in one and two dimensions; in all, a sample's log-density must be the same from the
+    sampling pass and from :meth:`cnfkit.Flow.log_prob`.
+
+    Args:
+        flow: the flow.
+        x: points to check the bijection at, shape ``(n, *event_shape)``; samples of the flow unless given.
+        context: what the flow is conditioned on, shape ``(n, features)``; the integrals are taken given its first row.
+        solve: how to solve an ODE, if the flow holds one.
+        support: the interval that each coordinate of the data lies in.
+        tolerance: the largest error in float64 of the bijection.
+        seed: of the samples.
+
+    Raises:
+        CheckFailed: at the first promise that is broken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if x is None:
+        n = 8 if context is None else len(context)
+        x = flow.sample(n, context, solve, generator=generator)
+    bijection_contract(flow.bijection, x, context, solve, tolerance)
+
+    one = None if context is None else context[:1]
+    flow = copy.deepcopy(flow).double()
+    n = 20_000
+    many = None if one is None else one.double().expand(n, -1)
+    with torch.no_grad():
+        samples, log_prob = flow.sample_and_log_prob(n, many, solve, generator=generator)
+        error = (log_prob - flow.log_prob(samples, many, solve)).abs()
+        check("sampling reports the log-density of its samples", error, below=100 * tolerance)
+        if flow.event_shape.numel() <= 2:
+            _check_integrals(flow, samples, None if one is None else one.double(), solve, support)
+
+
+def _jacobian(f: Bijection, x: Tensor, context: Tensor | None, solve: Solve | None) -> Tensor:
+    square = torch.autograd.functional.jacobian(lambda point: f(point, context, solve).value.flatten(), x)
+    return square.reshape(f.latent_shape.numel(), x.numel())
+
+
+def _check_integrals(flow: Flow, samples: Tensor, context, solve, support, cells: int = 20, fine: int = 25) -> None:
+    """Total mass by the midpoint rule, and the samples' histogram against the mass of each cell, by Pearson's χ².
+
+    Each coordinate is x = m + s t / (1 − t²) with t in (−1, 1): the whole line, finest where the samples are.
+    """
+    flat = samples.flatten(1)
+    d = flat.shape[1]
+    if math.isinf(support[0]) or math.isinf(support[1]):
+        middle, scale = flat.median(0).values, flat.quantile(0.75, 0) - flat.quantile(0.25, 0)
+
+        def to_x(t):
+            return middle + scale * t / (1 - t.square())
+
+        def log_slope(t):
+            return (scale * (1 + t.square()) / (1 - t.square()).square()).log().sum(-1)
+
+        def to_t(x):
+            y = (x - middle) / scale
+            return 2 * y / (1 + (1 + 4 * y.square()).sqrt())
+
+    else:
+        low, high = support
+
+        def to_x(t):
+            return low + (high - low) * (t + 1) / 2
+
+        def log_slope(t):
+            return torch.full(t.shape[:-1], d * math.log((high - low) / 2), dtype=t.dtype, device=t.device)
+
+        def to_t(x):
+            return 2 * (x - low) / (high - low) - 1
+
+    line = (torch.arange(cells * fine, dtype=flat.dtype, device=flat.device) + 0.5) * 2 / (cells * fine) - 1
+    t = torch.cartesian_prod(*[line] * d).view(-1, d)
+    given = None if context is None else context.expand(len(t), -1)
+    log_density = flow.log_prob(to_x(t).view(-1, *flow.event_shape), given, solve) + log_slope(t)
+    mass = (log_density.exp() * (2 / (cells * fine)) ** d).view([cells, fine] * d)
+    mass = mass.sum([2 * k + 1 for k in range(d)]).flatten()
+    check("the density integrates to 1", mass.sum(), within=(0.99, 1.01))
+
+    cell = ((to_t(flat) + 1) / 2 * cells).long().clamp(0, cells - 1)
+    index = sum(cell[:, k] * cells ** (d - 1 - k) for k in range(d))
+    counts = torch.bincount(index, minlength=cells**d).to(mass.dtype)
+    expected = mass / mass.sum() * len(flat)
+    often = expected >= 5  # χ² needs a few samples per cell; the rest are counted as one cell
+    counts = torch.cat([counts[often], counts[~often].sum()[None]])
+    expected = torch.cat([expected[often], expected[~often].sum()[None]]).clamp(min=1e-9)
+    statistic = ((counts - expected).square() / expected.clamp(min=1)).sum()
+    freedom = len(counts) - 1
+    check(
+        "samples fall where the density says (χ², in its standard deviations)",
+        (statistic - freedom) / math.sqrt(2 * freedom),
+        below=6,
+    )

@@ -1,0 +1,116 @@
+"""A normalizing flow: a bijection to a base distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit.bases import Base
+from cnfkit.bijections.base import Bijection, Result, check_points
+from cnfkit.ode.solve import Solve
+
+
+class Flow(nn.Module):
+    r"""A density made by a bijection :math:`z = f(x)` from data to latent.
+
+    .. math:: \log p_X(x) = \log p_Z(f(x)) + \log \left| \det \frac{\partial f}{\partial x} \right|
+
+    The interface is that of ``torch.distributions``. Source: Rezende and Mohamed, *Variational inference with
+    normalizing flows*, equation 5, in the direction from data to latent.
+
+    Args:
+        base: the distribution of :math:`z`.
+        bijection: :math:`f`.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if the bijection does not end in the shape of the base.
+
+    >>> flow = Flow(Normal(2), Diagonal(2, log_scale=math.log(2.0)))
+    >>> flow.log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    >>> flow.sample(3, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(self, base: Base, bijection: Bijection) -> None:
+        super().__init__()
+        for name, value, kind in (("base", base, Base), ("bijection", bijection, Bijection)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is a {type(value).__name__}; wanted a {kind.__name__}")
+        if base.event_shape != bijection.latent_shape:
+            raise ValueError(
+                f"base has event_shape {tuple(base.event_shape)}, but the bijection ends in "
+                f"{tuple(bijection.latent_shape)}; they must agree"
+            )
+        self.base = base
+        self.bijection = bijection
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.bijection.event_shape
+
+    def forward(self, x: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Result:
+        """Data to latent, with log-determinant, penalties and statistics; see :class:`cnfkit.Bijection`."""
+        check_points("Flow", "x", x, self.event_shape, self.base.like)
+        if not (finite := x.isfinite()).all():
+            raise ValueError(
+                f"Flow: {int((~finite).sum())} of {x.numel()} entries of x are NaN or infinite; "
+                "clean the data before asking for their density"
+            )
+        return self.bijection(x, context, solve)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Tensor:
+        """The log-density in nats, in the units of ``x``.
+
+        Args:
+            x: points, shape ``(*batch, *event_shape)``.
+            context: what the density is conditioned on, shape ``(*batch, features)``.
+            solve: how to solve an ODE, if the flow holds one.
+
+        Returns:
+            Shape ``(*batch)``.
+
+        Raises:
+            TypeError, ValueError: if ``x`` has the wrong shape, dtype or device, or an entry that is not finite.
+        """
+        result = self(x, context, solve)
+        return self.base.log_prob(result.value) + result.logdet
+
+    def rsample_and_log_prob(
+        self,
+        n: int | Sequence[int] = (),
+        context: Tensor | None = None,
+        solve: Solve | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Points and their log-density from one pass, both differentiable in the parameters.
+
+        Args:
+            n: how many points, a number or a batch shape.
+            context: what the density is conditioned on, of batch shape ``n``.
+            solve: how to solve an ODE, if the flow holds one.
+            generator: where the base's noise comes from.
+
+        Returns:
+            Points of shape ``(*n, *event_shape)`` and log-densities of shape ``(*n)``.
+        """
+        z = self.base.sample(n, generator)
+        result = self.bijection.inverse(z, context, solve)
+        return result.value, self.base.log_prob(z) - result.logdet
+
+    def rsample(self, *args, **kwargs) -> Tensor:
+        """Points, differentiable in the parameters; arguments as :meth:`rsample_and_log_prob`."""
+        return self.rsample_and_log_prob(*args, **kwargs)[0]
+
+    @torch.no_grad()
+    def sample_and_log_prob(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Points and their log-density, without gradients; arguments as :meth:`rsample_and_log_prob`."""
+        return self.rsample_and_log_prob(*args, **kwargs)
+
+    @torch.no_grad()
+    def sample(self, *args, **kwargs) -> Tensor:
+        """Points, without gradients; arguments as :meth:`rsample_and_log_prob`."""
+        return self.rsample(*args, **kwargs)

@@ -1,0 +1,79 @@
+"""What the environment decides: the device, the length of a run, where data lie, and what a notebook shows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def device() -> torch.device:
+    """The device that the course computes on, from ``CNFKIT_DEVICE``.
+
+    ``auto`` (the default) takes CUDA, then Apple's MPS, then the CPU. Notebooks draw their data on the CPU with a
+    seeded generator and move it here, so that every device sees the same numbers.
+
+    Returns:
+        A ``torch.device``.
+
+    Raises:
+        ValueError: if ``CNFKIT_DEVICE`` is not one of ``auto``, ``cpu``, ``cuda``, ``mps``.
+        RuntimeError: if the device that it names is not there.
+
+    >>> device().type in {"cpu", "cuda", "mps"}
+    True
+    """
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    name = os.environ.get("CNFKIT_DEVICE", "auto").strip().lower() or "auto"
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available())
+    if name not in there:
+        raise ValueError(f"CNFKIT_DEVICE is {name!r}; wanted one of auto, {', '.join(sorted(there))}")
+    if not there[name]():
+        raise RuntimeError(
+            f"CNFKIT_DEVICE asks for {name}, which PyTorch {torch.__version__} does not find on this machine; "
+            "set CNFKIT_DEVICE=cpu, or install the PyTorch build for your device"
+        )
+    return torch.device(name)
+
+
+def steps(full: int, smoke: int = 2) -> int:
+    """The number of training steps: ``full``, or ``smoke`` when ``CNFKIT_FAST=1`` asks for a dry run.
+
+    >>> steps(1000, smoke=2) in (1000, 2)
+    True
+    """
+    return smoke if switch("CNFKIT_FAST") else full
+
+
+def retrain() -> bool:
+    """Whether ``CNFKIT_RETRAIN=1`` asks chapters to train what they would otherwise load."""
+    return switch("CNFKIT_RETRAIN")
+
+
+def data_folder() -> Path:
+    """Where data sets are looked for: ``CNFKIT_DATA``, else ``~/.cache/cnfkit``."""
+    return Path(os.environ.get("CNFKIT_DATA") or Path.home() / ".cache" / "cnfkit").expanduser()
+
+
+def live() -> bool:
+    """Whether figures may show live ipywidgets controls: in a notebook's kernel, unless ``CNFKIT_LIVE=0``."""
+    return in_kernel() and switch("CNFKIT_LIVE", default=True)
+
+
+def in_kernel() -> bool:
+    """Whether this code runs in a Jupyter kernel."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def switch(name: str, default: bool = False) -> bool:
+    """An environment variable that is on (``1``) or off (``0`` or empty)."""
+    value = os.environ.get(name, "1" if default else "0").strip()
+    if value not in {"", "0", "1"}:
+        raise ValueError(f"{name} is {value!r}; wanted 1 or 0")
+    return value == "1"
