@@ -131,7 +131,7 @@ def _jacobian(f: Bijection, x: Tensor, context: Tensor | None, solve: Solve | No
     return square.reshape(f.latent_shape.numel(), x.numel())
 
 
-def _check_integrals(flow: Flow, samples: Tensor, context, solve, support, cells: int = 20, fine: int = 25) -> None:
+def _check_integrals(flow: Flow, samples: Tensor, context, solve, support, cells: int = 20, fine: int = 12) -> None:
     """Total mass by the midpoint rule, and the samples' histogram against the mass of each cell, by Pearson's χ².
 
     Each coordinate is x = m + s t / (1 − t²) with t in (−1, 1): the whole line, finest where the samples are.

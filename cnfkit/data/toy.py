@@ -37,7 +37,7 @@ class GaussianRing(ToyDensity):
               \quad \phi_k = 2\pi k / K
     """
 
-    def __init__(self, components: int = 8, radius: float = 4.0, sigma: float = 0.5) -> None:
+    def __init__(self, components: int = 8, radius: float = 8**0.5, sigma: float = 0.125**0.5) -> None:
         angle = 2 * math.pi * torch.arange(components) / components
         self.centres = radius * torch.stack([angle.cos(), angle.sin()], -1)
         self.sigma = sigma
