@@ -100,6 +100,7 @@ def execute(twin: Path, refresh_volatile: bool = False) -> float:
         timeout=1800,
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # a local kernel over TCP is no news
         resources={"metadata": {"path": str(twin.parent)}},
     ).execute()
     seconds = time.perf_counter() - start
