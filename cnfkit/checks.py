@@ -48,13 +48,18 @@ def check(
         names = " and ".join(kind for kind, _ in given) or "none"
         raise ValueError(f"check {claim!r}: wanted exactly one of below, above, within; got {names}")
     ((kind, bound),) = given
+    if kind == "within" and not (isinstance(bound, tuple | list) and len(bound) == 2 and bound[0] <= bound[1]):
+        raise ValueError(f"check {claim!r}: within is {bound!r}; wanted an interval (low, high)")
     low, high = {"below": (-math.inf, bound), "above": (bound, math.inf), "within": bound}[kind]
-    values = torch.as_tensor(measured).detach().to("cpu", torch.float64).flatten()
+    # a plain number keeps its 16 digits: through float32, 0.1 would lie beyond 0.1
+    values = measured.detach().cpu() if isinstance(measured, Tensor) else torch.as_tensor(measured, dtype=torch.float64)
+    values = values.double().flatten()
     if not len(values):
         raise ValueError(f"check {claim!r}: nothing was measured (an empty tensor)")
 
     # the entry nearest to a bound, or furthest beyond it, is the one to show; NaN lies beyond every bound
-    margin = torch.minimum(values - low, high - values).nan_to_num(nan=-math.inf)
+    margins = {"below": high - values, "above": values - low, "within": torch.minimum(values - low, high - values)}
+    margin = margins[kind].nan_to_num(nan=-math.inf)
     worst = values[margin.argmin()].item()
     failures = int((~(margin >= 0 if kind == "within" else margin > 0)).sum())
 
