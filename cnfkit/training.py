@@ -62,15 +62,17 @@ def fit(
         validation: the fraction of ``data`` held out, or held-out points; 0 for none.
         records: how often, in equal parts of the run, the losses are recorded, and the checkpoint is written.
         seed: of the split, the order and the noise.
-        checkpoint: a file to resume from, if it is there, and to save to: at each record, and when interrupted.
+        checkpoint: a file to resume from, if it is there, and to save to: at each record, and when interrupted (unless
+            in the middle of an update; then the last record stands).
         progress: whether to show a bar; by default in a terminal or notebook, unless ``CNFKIT_PROGRESS=0``.
 
     Returns:
         The :class:`History`.
 
     Raises:
-        ValueError: if an argument is out of range, the data are empty or hold NaN, or the checkpoint is of a run with
-            other settings.
+        TypeError: if ``loss`` is no loss module, or the data are no tensor.
+        ValueError: if an argument is out of range, the data are empty or hold NaN, or the checkpoint is a folder, or of
+            a run with other settings.
         CheckpointError: if the checkpoint is damaged or of another model.
         FloatingPointError: if the loss is not finite; it says at which step, and what to try.
 
@@ -87,12 +89,12 @@ def fit(
             while run.step < steps:
                 run.advance()
                 bar.update()
-                if run.records_now():
-                    run.record()
+                if run.history.steps and run.history.steps[-1] == run.step:
                     last = run.history.validation or run.history.train
                     bar.set_postfix(loss=f"{last[-1]:.4g}", refresh=False)
         except KeyboardInterrupt:
-            run.save()
+            if run.whole:
+                run.save()
             raise
     run.keep_best()
     return run.history
@@ -106,12 +108,18 @@ class _Run:
     """The state of one training run: what :func:`fit` advances, saves and resumes."""
 
     def __init__(self, loss, data, steps, batch, lr, validation, records, seed, checkpoint) -> None:
+        if not isinstance(loss, nn.Module) or hasattr(loss, "log_prob"):
+            raise TypeError(
+                f"loss is a {type(loss).__name__}; wanted a loss module, such as NegativeLogLikelihood(flow)"
+            )
         _require_points("data", data)
         for name, value in (("steps", steps), ("batch", batch), ("records", records)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
-        if not lr > 0:
+        if not 0 < lr < math.inf:
             raise ValueError(f"lr is {lr!r}; wanted a positive number")
+        if checkpoint is not None and Path(checkpoint).is_dir():
+            raise ValueError(f"checkpoint is {str(checkpoint)!r}, a folder; wanted a file")
         parameters = [p for p in loss.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("loss has no parameters to train")
@@ -126,6 +134,7 @@ class _Run:
         self.history, self.step, self.best, self.best_loss = History(), 0, {}, math.inf
         self.recent = torch.zeros((), device=device)
         self.order = (-1, torch.empty(0))
+        self.whole = True  # whether everything is of the same step, so that it can be saved
         if checkpoint is not None and Path(checkpoint).is_file():
             self.resume()
 
@@ -141,9 +150,13 @@ class _Run:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.whole = False
         self.optimizer.step()
         self.recent += loss.detach()
         self.step += 1
+        if self.step % self.every == 0 or self.step == self.steps:
+            self.record()
+        self.whole = True
 
     def next_batch(self) -> Tensor:
         per_epoch = len(self.train) // self.batch
@@ -152,9 +165,6 @@ class _Run:
             order = torch.randperm(len(self.train), generator=_generator(self.seed, "order", epoch))
             self.order = epoch, order.to(self.train.device)
         return self.train[self.order[1][position * self.batch : (position + 1) * self.batch]]
-
-    def records_now(self) -> bool:
-        return self.step % self.every == 0 or self.step == self.steps
 
     def record(self) -> None:
         since = self.step - (self.history.steps[-1] if self.history.steps else 0)
@@ -183,6 +193,8 @@ class _Run:
     def keep_best(self) -> None:
         if self.best:
             self.loss.load_state_dict(self.best)
+        else:  # no validation loss was finite
+            self.history.best_step = self.step
 
     def saved(self) -> bool:
         return self.checkpoint is not None and bool(self.history.steps)
@@ -220,7 +232,7 @@ class _Run:
             state.setdefault(int(k), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step, self.history, self.best = facts["step"], History(**facts["history"]), part["best"]
-        self.best_loss = min(self.history.validation, default=math.inf)
+        self.best_loss = min((v for v in self.history.validation if not math.isnan(v)), default=math.inf)
         self.recent = tensors["recent"].to(self.recent)
 
 
@@ -237,7 +249,7 @@ def _split(data: Tensor, validation: float | Tensor, seed: int) -> tuple[Tensor,
                 f"validation has points of shape {tuple(validation.shape[1:])}; data of {tuple(data.shape[1:])}"
             )
         return data, validation
-    if not 0 <= validation < 1:
+    if not isinstance(validation, int | float) or not 0 <= validation < 1:
         raise ValueError(f"validation is {validation!r}; wanted a fraction in [0, 1), or held-out points")
     held_out = int(len(data) * validation)
     order = torch.randperm(len(data), generator=_generator(seed, "split", 0))
