@@ -71,10 +71,12 @@ class Logit(Elementwise):
 
     Args:
         event_shape: the shape of one point.
-        alpha: :math:`\alpha`, in ``[0, 0.5)``; 0 is the plain logit, for points strictly inside the interval.
+        alpha: :math:`\alpha`, in ``[0, 0.5)``; 0 is the plain logit, for points strictly inside the interval. Where
+            it is larger, the map reaches the whole line only from a little outside the interval, so that a sample may
+            lie there too.
 
     Raises:
-        ValueError: if ``alpha`` is out of range; on a call, if a point lies outside the unit interval.
+        ValueError: if ``alpha`` is out of range; on a call, if a point has :math:`s` outside :math:`(0, 1)`.
 
     >>> Logit(1, alpha=0.05)(torch.tensor([[0.5]])).value
     tensor([[0.]])
@@ -87,12 +89,13 @@ class Logit(Elementwise):
         self.alpha = alpha
 
     def _forward(self, x, context, solve):
-        inside = (x >= 0) & (x <= 1) if self.alpha > 0 else (x > 0) & (x < 1)
+        s = self.alpha + (1 - 2 * self.alpha) * x
+        inside = (s > 0) & (s < 1)
         if not inside.all():
-            interval = "[0, 1]" if self.alpha > 0 else "(0, 1)"
+            margin = self.alpha / (1 - 2 * self.alpha)
             raise ValueError(
-                f"Logit: {int((~inside).sum())} of {x.numel()} entries of x lie outside {interval}; "
-                "scale the data first (images: cnfkit.Dequantised does)"
+                f"Logit: {int((~inside).sum())} of {x.numel()} entries of x lie outside "
+                f"({0 - margin:g}, {1 + margin:g}); scale the data first (images: cnfkit.Dequantised does)"
             )
         return super()._forward(x, context, solve)
 
