@@ -58,7 +58,8 @@ def show(fig: Figure, alt: str, caption: str = "") -> None:
     Raises:
         ValueError: if ``alt`` is empty.
     """
-    data = _render(fig, alt, "png", dpi=130)
+    _require_alt(alt)
+    data = _render(fig, "png", dpi=130)
     if in_kernel():
         from IPython.display import display
 
@@ -91,6 +92,7 @@ def explore(
     Raises:
         ValueError: if there are fewer than two values, ``start`` is none of them, or ``alt`` is empty.
     """
+    _require_alt(alt)
     if len(values) < 2 or not 0 <= start < len(values):
         raise ValueError(f"values has {len(values)} entries and start is {start}; wanted at least 2, and one of them")
     if live():
@@ -118,10 +120,16 @@ def frames(
         alt: what the pictures show.
         start: the frame that is shown first.
         play: whether there is a button that plays them in turn.
+
+    Raises:
+        ValueError: if ``alt`` is empty, ``start`` is none of the frames, or there are not as many labels as figures.
     """
+    _require_alt(alt)
+    if not 0 <= start < len(labels):
+        raise ValueError(f"start is {start} of {len(labels)} frames; wanted one of them")
     images = []
     for k, (fig, label) in enumerate(zip(figs, labels, strict=True)):
-        data = base64.b64encode(_render(fig, alt, "webp", dpi=100, pil_kwargs={"quality": 82, "method": 6})).decode()
+        data = base64.b64encode(_render(fig, "webp", dpi=100, pil_kwargs={"quality": 82, "method": 6})).decode()
         text = html.escape(f"{alt} ({name} = {label})", quote=True)
         hidden = "" if k == start else "display:none;"
         images.append(
@@ -171,9 +179,12 @@ def _control(draw: Callable[[float], Figure], values: list[float], name: str, al
     display(ipywidgets.VBox([slider, picture]))
 
 
-def _render(fig: Figure, alt: str, kind: str, **options) -> bytes:
+def _require_alt(alt: str) -> None:
     if not alt.strip():
         raise ValueError("alt is empty; say in a sentence what the figure shows")
+
+
+def _render(fig: Figure, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     fig.savefig(buffer, format=kind, **options)
     plt.close(fig)
@@ -239,6 +250,8 @@ def grid(ax: Axes, transform: Callable[[Tensor], Tensor], limits: Sequence[float
 
 def images(ax: Axes, pictures: Tensor, columns: int = 10, levels: int = 2, **options) -> None:
     """Draw grey images, shape ``(n, 1, height, width)`` with values from 0 to ``levels - 1``, as one sheet."""
+    if pictures.dim() != 4 or pictures.shape[1] != 1 or not len(pictures):
+        raise ValueError(f"pictures has shape {tuple(pictures.shape)}; wanted (n, 1, height, width)")
     n, _, height, width = pictures.shape
     rows = -(-n // columns)
     sheet = torch.zeros(rows * columns, height + 1, width + 1)
