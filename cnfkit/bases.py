@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,16 @@ class Base(nn.Module, ABC):
 
         They are drawn on the generator's device and moved to the module's, so that a CPU generator gives the same
         points everywhere.
+
+        Raises:
+            TypeError: if ``generator`` is no ``torch.Generator``.
+            ValueError: if ``n`` is no number of points and no shape.
         """
-        sizes = torch.Size([n] if isinstance(n, int) else n)
+        sizes = (n,) if isinstance(n, int) else tuple(n) if isinstance(n, Iterable) else (None,)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"n is {n!r}; wanted a number of points, or a batch shape such as (3, 5)")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
         noise = torch.empty(
             *sizes, *self.event_shape, dtype=self.like.dtype, device=generator.device if generator else self.like.device
         )
@@ -84,7 +92,8 @@ class Uniform(Base):
     """
 
     def _log_prob(self, z):
-        return torch.zeros_like(z).masked_fill((z < 0) | (z > 1), -math.inf)
+        inside = (z >= 0) & (z <= 1)  # NaN is not
+        return torch.zeros_like(z).masked_fill(~inside, -math.inf)
 
     def _fill(self, noise, generator):
         return noise.uniform_(generator=generator)

@@ -37,6 +37,8 @@ class UniformDequantiser(nn.Module):
 
     def forward(self, k: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Points :math:`y` of the shape of ``k``, and :math:`\\log q(y \\mid k)` of shape ``(n,)``."""
+        if not isinstance(k, Tensor):
+            raise TypeError(f"k is a {type(k).__name__}; wanted a torch.Tensor")
         if k.is_floating_point() or k.dtype == torch.bool:
             raise TypeError(f"k has dtype {k.dtype}; wanted whole numbers, 0 to {self.levels - 1}")
         if k.numel() == 0 or k.amin() < 0 or k.amax() >= self.levels:
@@ -65,6 +67,9 @@ class Dequantised(nn.Module):
         flow: a density of points in the unit cube.
         dequantiser: the distribution :math:`q(y \mid k)`.
 
+    Raises:
+        TypeError: if an argument is of another kind.
+
     >>> model = Dequantised(Flow(Uniform(3), Diagonal(3)), UniformDequantiser(2))
     >>> model.log_prob(torch.tensor([[0, 1, 1]])).exp()
     tensor([0.1250], grad_fn=<ExpBackward0>)
@@ -72,6 +77,9 @@ class Dequantised(nn.Module):
 
     def __init__(self, flow: Flow, dequantiser: UniformDequantiser) -> None:
         super().__init__()
+        for name, value, kind in (("flow", flow, Flow), ("dequantiser", dequantiser, UniformDequantiser)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is a {type(value).__name__}; wanted a {kind.__name__}")
         self.flow = flow
         self.dequantiser = dequantiser
 
@@ -90,8 +98,10 @@ class Dequantised(nn.Module):
         Returns:
             Shape ``(n,)``.
         """
-        if draws < 1:
-            raise ValueError(f"draws is {draws}; wanted at least 1")
+        if not isinstance(draws, int) or draws < 1:
+            raise ValueError(f"draws is {draws!r}; wanted a whole number of at least 1")
+        if not isinstance(k, Tensor):
+            raise TypeError(f"k is a {type(k).__name__}; wanted a torch.Tensor")
         if k.dim() != 1 + len(self.event_shape) or k.shape[1:] != self.event_shape:
             raise ValueError(f"k has shape {tuple(k.shape)}; wanted (n, {', '.join(map(str, self.event_shape))})")
         weights = []

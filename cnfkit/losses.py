@@ -28,15 +28,18 @@ class NegativeLogLikelihood(nn.Module):
         unit: ``"nats"`` or ``"bits"`` (per dimension).
 
     Raises:
+        TypeError: if ``model`` is neither.
         ValueError: if the unit is unknown.
 
-    >>> loss, terms = NegativeLogLikelihood(Flow(Uniform(2), Diagonal(2)))(torch.full((4, 2), 0.5))
+    >>> loss, terms = NegativeLogLikelihood(Flow(Uniform(2), Diagonal(2, log_scale=-1.0)))(torch.full((4, 2), 0.5))
     >>> loss.item(), list(terms)
-    (0.0, ['nll'])
+    (2.0, ['nll'])
     """
 
     def __init__(self, model: Flow | Dequantised, unit: str = "nats") -> None:
         super().__init__()
+        if not isinstance(model, Flow | Dequantised):
+            raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")
         if unit not in ("nats", "bits"):
             raise ValueError(f"unit is {unit!r}; wanted 'nats' or 'bits'")
         self.model = model

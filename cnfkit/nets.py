@@ -17,20 +17,27 @@ class MLP(nn.Sequential):
         hidden: the widths between.
 
     Raises:
-        ValueError: if a width is not positive.
+        ValueError: if a width is not a positive whole number; on a call, if the input has another width.
 
     >>> MLP(2, 4, hidden=(32, 32))(torch.randn(5, 2)).shape
     torch.Size([5, 4])
     """
 
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64)) -> None:
+        if not isinstance(hidden, Sequence):
+            raise ValueError(f"hidden is {hidden!r}; wanted a sequence of widths, such as (64, 64)")
         widths = [inputs, *hidden, outputs]
-        if min(widths) < 1:
+        if not all(isinstance(width, int) and width > 0 for width in widths):
             raise ValueError(f"inputs, hidden, outputs are {widths}; wanted positive widths")
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
         super().__init__(*start_at_zero(layers[:-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.dim() or x.shape[-1] != self[0].in_features:
+            raise ValueError(f"MLP: input has shape {tuple(x.shape)}; wanted (*batch, {self[0].in_features})")
+        return super().forward(x)
 
 
 class ConvNet(nn.Sequential):
@@ -44,14 +51,14 @@ class ConvNet(nn.Sequential):
         hidden: channels between.
 
     Raises:
-        ValueError: if a number of channels is not positive.
+        ValueError: if a number of channels is not a positive whole number; on a call, if the input has another one.
 
     >>> ConvNet(1, 2, hidden=8)(torch.randn(5, 1, 8, 8)).shape
     torch.Size([5, 2, 8, 8])
     """
 
     def __init__(self, inputs: int, outputs: int, hidden: int = 32) -> None:
-        if min(inputs, outputs, hidden) < 1:
+        if not all(isinstance(channels, int) and channels > 0 for channels in (inputs, outputs, hidden)):
             raise ValueError(f"inputs, hidden, outputs are {[inputs, hidden, outputs]}; wanted positive numbers")
         layers = [
             nn.Conv2d(inputs, hidden, 3, padding=1),
@@ -63,6 +70,8 @@ class ConvNet(nn.Sequential):
         super().__init__(*start_at_zero(layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 3 or x.shape[-3] != self[0].in_channels:
+            raise ValueError(f"ConvNet: input has shape {tuple(x.shape)}; wanted (*batch, {self[0].in_channels}, h, w)")
         # convolutions take one batch dimension, a bijection any number of them
         y = super().forward(x.reshape(-1, *x.shape[-3:]))
         return y.reshape(*x.shape[:-3], *y.shape[-3:])

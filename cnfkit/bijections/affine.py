@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cnfkit.bijections.base import Bijection, Result, sum_event
+from cnfkit.bijections.base import Bijection, Result, check_points, sum_event
+
+
+def check_parameter(name: str, value: Tensor) -> None:
+    """Raise unless ``value`` is a floating-point tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is a {came}; wanted a floating-point torch.Tensor")
 
 
 class Affine(Bijection):
@@ -20,6 +27,7 @@ class Affine(Bijection):
         shift: :math:`b`, shape ``(d,)``; zero unless given.
 
     Raises:
+        TypeError: if an argument is no floating-point tensor, or the two differ in dtype or device.
         ValueError: if a shape is wrong, or the matrix is singular.
 
     >>> cube = Affine(0.5 * torch.eye(3))  # the latent cube is the data cube, scaled by 1/2
@@ -28,12 +36,15 @@ class Affine(Bijection):
     """
 
     def __init__(self, matrix: Tensor, shift: Tensor | None = None) -> None:
+        check_parameter("matrix", matrix)
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}; wanted (d, d)")
         super().__init__(matrix.shape[0])
         shift = matrix.new_zeros(len(matrix)) if shift is None else shift
+        check_parameter("shift", shift)
         if shift.shape != self.event_shape:
             raise ValueError(f"shift has shape {tuple(shift.shape)}; wanted {tuple(self.event_shape)}")
+        check_points("Affine", "shift", shift, self.event_shape, matrix)
         if not torch.linalg.slogdet(matrix).logabsdet.isfinite():
             raise ValueError("matrix is singular or not finite: the map has no inverse")
         self.matrix = nn.Parameter(matrix.detach().clone())
@@ -61,6 +72,7 @@ class Diagonal(Bijection):
         shift: the start of :math:`b`, likewise.
 
     Raises:
+        TypeError: if a tensor is not of floating point.
         ValueError: if a tensor does not broadcast to ``event_shape``.
 
     >>> Diagonal(2, log_scale=1.0, shift=-1.0)(torch.zeros(2)).value
@@ -70,7 +82,8 @@ class Diagonal(Bijection):
     def __init__(self, event_shape, log_scale: float | Tensor = 0.0, shift: float | Tensor = 0.0) -> None:
         super().__init__(event_shape)
         for name, value in (("log_scale", log_scale), ("shift", shift)):
-            value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
+            check_parameter(name, value)
             try:
                 value.expand(self.event_shape)
             except RuntimeError:
@@ -102,7 +115,8 @@ class Standardize(Bijection):
         std: :math:`\sigma`, the same shape, positive.
 
     Raises:
-        ValueError: if the shapes differ, or a standard deviation is not positive.
+        TypeError: if an argument is no floating-point tensor, or the two differ in dtype or device.
+        ValueError: if the shapes differ, a mean is not finite, or a standard deviation is not positive.
 
     >>> flow = Standardize.of(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
     >>> flow(torch.tensor([1.0, 20.0])).value
@@ -110,9 +124,15 @@ class Standardize(Bijection):
     """
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
+        check_parameter("mean", mean)
+        check_parameter("std", std)
         super().__init__(mean.shape)
         if std.shape != mean.shape:
             raise ValueError(f"std has shape {tuple(std.shape)}; wanted that of mean, {tuple(mean.shape)}")
+        check_points("Standardize", "std", std, self.event_shape, mean)
+        for name, value in (("mean", mean), ("std", std)):
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite entries; clean the data first")
         if not (std > 0).all():
             raise ValueError("std: every entry must be positive; a constant column carries no density, leave it out")
         self.register_buffer("mean", mean.detach().clone())
@@ -121,8 +141,9 @@ class Standardize(Bijection):
     @classmethod
     def of(cls, data: Tensor) -> Standardize:
         """The standardisation of ``data``, shape ``(n, *event_shape)``, n at least 2."""
-        if len(data) < 2:
-            raise ValueError(f"data has {len(data)} rows; a standard deviation needs at least 2")
+        check_parameter("data", data)
+        if data.dim() < 2 or len(data) < 2:
+            raise ValueError(f"data has shape {tuple(data.shape)}; wanted (n, *event_shape), n at least 2")
         return cls(data.mean(0), data.std(0, correction=0))
 
     def _forward(self, x, context, solve):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,9 @@ class Bijection(nn.Module, ABC):
     def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result: ...
 
     def _check(self, name: str, value: Tensor, shape: torch.Size, context: Tensor | None) -> None:
-        check_points(type(self).__name__, name, value, shape, next(self.parameters(), None))
+        tensors = chain(self.parameters(), self.buffers())  # a Standardize, say, has buffers alone
+        like = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        check_points(type(self).__name__, name, value, shape, like)
         if context is not None and not self.takes_context:
             raise ValueError(f"{type(self).__name__}: context was given, but this map takes none")
 
@@ -200,7 +202,7 @@ class Inverse(Bijection):
 
 def as_shape(name: str, shape: int | Sequence[int]) -> torch.Size:
     """``shape`` as a ``torch.Size`` of positive sizes, or a ``ValueError`` that names the argument."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, Iterable) else ()
     if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"{name} is {shape!r}; wanted positive sizes, such as 2 or (1, 8, 8)")
     return torch.Size(sizes)

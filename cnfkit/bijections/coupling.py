@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class AffineCoupling(Bijection):
             raise TypeError(f"mask is {getattr(mask, 'dtype', type(mask).__name__)}; wanted a boolean tensor")
         if mask.all() or not mask.any():
             raise ValueError("mask: one of its two parts is empty; a coupling layer needs both")
-        if not bound > 0:
+        if not 0 < bound < math.inf:
             raise ValueError(f"bound is {bound!r}; wanted a positive number")
         super().__init__(mask.shape)
         self.register_buffer("mask", mask.clone())

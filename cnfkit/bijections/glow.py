@@ -23,7 +23,7 @@ class ActNorm(Diagonal):
     >>> layer = ActNorm(2)
     >>> x = torch.tensor([[0.0, 10.0], [2.0, 30.0]])
     >>> layer.initialize(x)
-    >>> layer(x).value.detach()
+    >>> layer(x).value.detach().round(decimals=4)
     tensor([[-1., -1.],
             [ 1.,  1.]])
     """
@@ -38,9 +38,13 @@ class ActNorm(Diagonal):
         """Set scale and shift from ``x``, shape ``(n, *event_shape)``.
 
         Raises:
-            ValueError: if ``x`` has the wrong shape, or a channel of it is constant.
+            ValueError: if ``x`` has the wrong shape, holds NaN, or a channel of it is constant.
         """
         self._check("x", x, self.event_shape, None)
+        if x.dim() == len(self.event_shape) or not x.numel():
+            raise ValueError(f"x has shape {tuple(x.shape)}; wanted (n, {', '.join(map(str, self.event_shape))})")
+        if not x.isfinite().all():
+            raise ValueError("x holds NaN or infinite entries; clean the data first")
         others = [k for k in range(x.dim()) if k != x.dim() - len(self.event_shape)]
         mean = x.mean(others).view_as(self.shift)
         std = x.var(others, correction=0).sqrt().view_as(self.log_scale)

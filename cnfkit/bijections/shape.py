@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnfkit.bijections.base import Bijection, Result
+from cnfkit.bijections.base import Bijection, Result, as_shape
 
 
 class Squeeze(Bijection):
@@ -30,8 +30,10 @@ class Squeeze(Bijection):
     """
 
     def __init__(self, event_shape, factor: int = 2) -> None:
-        shape = tuple(event_shape) if not isinstance(event_shape, int) else (event_shape,)
-        if len(shape) != 3 or factor < 1 or shape[1] % factor or shape[2] % factor:
+        shape = tuple(as_shape("event_shape", event_shape))
+        if not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor is {factor!r}; wanted a whole number of at least 1")
+        if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
             raise ValueError(f"event_shape is {shape}; wanted (c, h, w) with h and w divisible by the factor {factor}")
         c, h, w = shape
         super().__init__(shape, (c * factor**2, h // factor, w // factor))

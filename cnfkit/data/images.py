@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def _verified(folder: Path, name: str, sha256: str) -> bytes:
     elif packed.is_file():
         try:
             content = gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{packed} is damaged: it does not unpack ({error}); fetch it again") from None
     else:
         raise FileNotFoundError(
@@ -87,7 +88,8 @@ def _verified(folder: Path, name: str, sha256: str) -> bytes:
 
 def _idx(content: bytes, name: str) -> Tensor:
     """The images of an IDX file: two zeros, type 8 (bytes), 3 dimensions, three big-endian sizes, the pixels."""
-    n, height, width = (int(size) for size in np.frombuffer(content[4:16], dtype=">i4"))
+    header = content[:16].ljust(16, b"\0")
+    n, height, width = (int(size) for size in np.frombuffer(header[4:], dtype=">i4"))
     if content[:4] != b"\x00\x00\x08\x03" or len(content) != 16 + n * height * width:
         raise ValueError(f"{name} is damaged: it does not hold the {n} images of {height} × {width} that it announces")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(n, 1, height, width).copy())

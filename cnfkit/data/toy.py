@@ -9,17 +9,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnfkit.bijections.base import check_points
+
 
 class ToyDensity(ABC):
     """A density on the plane with exact log-density, to train on and to measure against."""
 
-    @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
-        """The exact log-density of points, shape ``(*batch, 2)`` to ``(*batch)``."""
+        """The exact log-density of points, shape ``(*batch, 2)`` to ``(*batch)``.
+
+        Raises:
+            TypeError, ValueError: if ``x`` is no floating-point tensor of that shape.
+        """
+        check_points(type(self).__name__, "x", x, torch.Size([2]), None)
+        return self._log_prob(x)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Independent points, shape ``(n, 2)``.
+
+        Raises:
+            ValueError: if ``n`` is no number of points.
+        """
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"n is {n!r}; wanted a number of points")
+        return self._sample(n, generator)
 
     @abstractmethod
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Independent points, shape ``(n, 2)``."""
+    def _log_prob(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _sample(self, n: int, generator: torch.Generator | None) -> Tensor: ...
 
     def entropy(self, n: int = 100_000, seed: int = 0) -> tuple[float, float]:
         r"""The entropy in nats, the NLL that no model can beat on average, and its standard error.
@@ -42,10 +61,10 @@ class GaussianRing(ToyDensity):
         self.centres = radius * torch.stack([angle.cos(), angle.sin()], -1)
         self.sigma = sigma
 
-    def log_prob(self, x):
+    def _log_prob(self, x):
         return _mixture_log_prob(x, self.centres, self.sigma)
 
-    def sample(self, n, generator=None):
+    def _sample(self, n, generator):
         which = torch.randint(len(self.centres), (n,), generator=generator)
         return self.centres[which] + self.sigma * torch.randn(n, 2, generator=generator)
 
@@ -70,10 +89,10 @@ class TwoMoons(ToyDensity):
     def _arc(angle: Tensor) -> Tensor:
         return torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], -1)
 
-    def log_prob(self, x):
+    def _log_prob(self, x):
         return _mixture_log_prob(x, self.centres, self.sigma, self.weights)
 
-    def sample(self, n, generator=None):
+    def _sample(self, n, generator):
         arc = self._arc(math.pi * torch.rand(n, generator=generator))
         side = torch.randint(2, (n, 1), generator=generator) * 2 - 1
         return side * arc + self.sigma * torch.randn(n, 2, generator=generator)
@@ -85,11 +104,11 @@ class Checkerboard(ToyDensity):
     .. math:: p(x) = \tfrac18 \text{ if } \lfloor x_1 \rfloor + \lfloor x_2 \rfloor \text{ is even, else } 0
     """
 
-    def log_prob(self, x):
+    def _log_prob(self, x):
         dark = (x.floor().sum(-1) % 2 == 0) & (x >= -2).all(-1) & (x < 2).all(-1)
         return torch.full_like(x[..., 0], -math.log(8)).masked_fill(~dark, -math.inf)
 
-    def sample(self, n, generator=None):
+    def _sample(self, n, generator):
         row = torch.randint(-2, 2, (n,), generator=generator)
         column = 2 * torch.randint(-1, 1, (n,), generator=generator) + row % 2
         return torch.stack([row, column], -1) + torch.rand(n, 2, generator=generator)
@@ -115,14 +134,14 @@ class Pinwheel(ToyDensity):
         turned = _rotation(sign * self.twist * x.norm(dim=-1)) @ x.unsqueeze(-1)
         return turned.squeeze(-1)
 
-    def log_prob(self, x):
+    def _log_prob(self, x):
         y = self._turn(x, -1)
         local = torch.einsum("kij,...i->...kj", self.axes.to(y), y) - torch.tensor([self.radius, 0.0]).to(y)
         z = local / self.scales.to(y)
         each = -0.5 * z.square().sum(-1) - math.log(2 * math.pi) - self.scales.log().sum().to(y)
         return each.logsumexp(-1) - math.log(len(self.axes))
 
-    def sample(self, n, generator=None):
+    def _sample(self, n, generator):
         which = torch.randint(len(self.axes), (n,), generator=generator)
         local = torch.tensor([self.radius, 0.0]) + self.scales * torch.randn(n, 2, generator=generator)
         return self._turn((self.axes[which] @ local.unsqueeze(-1)).squeeze(-1), +1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,7 +56,8 @@ class Solve:
         if self.times is not None:
             if self.tolerance is not None:
                 raise ValueError("times and tolerance are both given; a grid is fixed, or chosen by a tolerance")
-            if len(self.times) < 2 or any(b <= a for a, b in pairwise(self.times)):
+            grid = self.times if isinstance(self.times, Sequence) else ()
+            if len(grid) < 2 or not all(a < b < math.inf for a, b in pairwise(grid)):
                 raise ValueError(f"times is {self.times!r}; wanted at least two increasing numbers")
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance!r}; wanted a positive number")
