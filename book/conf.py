@@ -30,6 +30,7 @@ extensions = [
     "sphinx_togglebutton",
     # ours, in ext/
     "alt_text",
+    "chapter_numbers",
     "check_lines",
     "ledger",
     "offline_mathjax",

@@ -90,8 +90,7 @@ def execute(twin: Path, refresh_volatile: bool = False) -> float:
     path = twin.with_suffix(".ipynb")
     notebook = synced(twin, path)
     keep = [
-        None if refresh_volatile or "volatile" not in tags(cell) else cell.get("outputs")
-        for cell in notebook.cells
+        None if refresh_volatile or "volatile" not in tags(cell) else cell.get("outputs") for cell in notebook.cells
     ]
     start = time.perf_counter()
     nbclient.NotebookClient(

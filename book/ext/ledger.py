@@ -1,6 +1,7 @@
 """``{checks-ledger}``: every check of every notebook, with its equation, in one table per chapter."""
 
 import json
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -10,9 +11,15 @@ from sphinx.util.docutils import SphinxDirective
 HEADINGS = ("Equation", "Claim", "Measured", "Bound")
 
 
-def checks_of(notebook: Path) -> list[dict]:
+def heading_of(cells: list[dict]) -> str:
+    """The first heading of a notebook."""
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    found = re.search(r"^# +(.+)", text, re.M)
+    return found[1].strip() if found else ""
+
+
+def checks_of(cells: list[dict]) -> list[dict]:
     """The records that ``cnfkit.check`` left in a notebook's outputs, in order."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     records = [output.get("metadata", {}).get("cnfkit", {}).get("check") for output in outputs]
     return [record for record in records if record]
@@ -28,22 +35,23 @@ class ChecksLedger(SphinxDirective):
             if docname not in self.env.found_docs:
                 continue
             self.env.note_dependency(str(path))  # so that new outputs make a new ledger
-            records = checks_of(path)
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            records = checks_of(cells)
             if records:
-                chapters.append(self.chapter(docname, records))
+                chapters.append(self.chapter(docname, heading_of(cells), records))
         return chapters or [nodes.paragraph(text="No notebook holds a check yet.")]
 
-    def chapter(self, docname: str, records: list[dict]) -> nodes.section:
+    def chapter(self, docname: str, heading: str, records: list[dict]) -> nodes.section:
         """A section with a link to the chapter and its table."""
         section = nodes.section(ids=[nodes.make_id(f"checks-{docname}")])
         link = addnodes.pending_xref(
-            "", refdomain="std", reftype="doc", reftarget=f"/{docname}", refexplicit=False, refwarn=True
+            "", refdomain="std", reftype="doc", reftarget=f"/{docname}", refexplicit=True, refwarn=True
         )
-        link += nodes.inline(text=docname)
-        section += [nodes.title("", "", link), self.table(docname, records)]
+        link += nodes.inline(text=heading or docname)
+        section += [nodes.title("", "", link), self.table(records)]
         return section
 
-    def table(self, docname: str, records: list[dict]) -> nodes.table:
+    def table(self, records: list[dict]) -> nodes.container:
         """The checks of one chapter, a row each."""
         table = nodes.table(classes=["checks-ledger"])
         group = nodes.tgroup(cols=len(HEADINGS))
@@ -54,7 +62,7 @@ class ChecksLedger(SphinxDirective):
             equation = record.get("equation")
             body += self.row(
                 [
-                    self.equation(docname, equation) if equation else nodes.Text("–"),
+                    self.equation(equation) if equation else nodes.Text("–"),
                     nodes.Text(record["claim"]),
                     nodes.Text(f"{record['measured']:.3g}"),
                     nodes.Text(record["bound"]),
@@ -65,7 +73,7 @@ class ChecksLedger(SphinxDirective):
         # A wide table scrolls in its own box on a phone.
         return nodes.container("", table, classes=["checks-ledger-box"])
 
-    def equation(self, docname: str, label: str) -> addnodes.pending_xref:
+    def equation(self, label: str) -> addnodes.pending_xref:
         """A link to the numbered equation; a label that no page has is a warning."""
         link = addnodes.pending_xref(
             "", refdomain="math", reftype="eq", reftarget=label, refdoc=self.env.docname, refwarn=True
