@@ -40,10 +40,14 @@ class Squeeze(Bijection):
         self.factor = factor
 
     def _forward(self, x, context, solve):
-        return Result(F.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[:-3]))
+        batch = x.shape[:-3]  # torch leaves an empty batch as it is
+        z = F.pixel_unshuffle(x, self.factor) if x.numel() else x.reshape(*batch, *self.latent_shape)
+        return Result(z, x.new_zeros(batch))
 
     def _inverse(self, z, context, solve):
-        return Result(F.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[:-3]))
+        batch = z.shape[:-3]
+        x = F.pixel_shuffle(z, self.factor) if z.numel() else z.reshape(*batch, *self.event_shape)
+        return Result(x, z.new_zeros(batch))
 
 
 class Multiscale(Bijection):
