@@ -23,7 +23,7 @@ from cnfkit.bijections import (
     Standardize,
     mask,
 )
-from cnfkit.checkpoint import CheckpointError, load, save
+from cnfkit.checkpoint import CheckpointError, load, save, trained
 from cnfkit.checks import CheckFailed, check
 from cnfkit.contract import bijection_contract, flow_contract
 from cnfkit.data import Images, ToyDensity, digits, mnist, toy_density
@@ -83,4 +83,5 @@ __all__ = [
     "save",
     "steps",
     "toy_density",
+    "trained",
 ]
