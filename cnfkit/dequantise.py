@@ -41,9 +41,11 @@ class UniformDequantiser(nn.Module):
             raise TypeError(f"k is a {type(k).__name__}; wanted a torch.Tensor")
         if k.is_floating_point() or k.dtype == torch.bool:
             raise TypeError(f"k has dtype {k.dtype}; wanted whole numbers, 0 to {self.levels - 1}")
-        if k.numel() == 0 or k.amin() < 0 or k.amax() >= self.levels:
-            came = "none" if k.numel() == 0 else f"{int(k.amin())} to {int(k.amax())}"
-            raise ValueError(f"k holds values {came}; wanted 0 to {self.levels - 1}")
+        if not k.numel():
+            raise ValueError(f"k has shape {tuple(k.shape)}, no values; wanted at least one point")
+        low, high = int(k.amin()), int(k.amax())  # numbers, because 256 compared with a uint8 tensor is 0
+        if low < 0 or high >= self.levels:
+            raise ValueError(f"k holds values {low} to {high}; wanted 0 to {self.levels - 1}")
         device = generator.device if generator else k.device
         noise = torch.rand(k.shape, generator=generator, dtype=self.like.dtype, device=device).to(k.device)
         # k + u can round up to the next whole number
