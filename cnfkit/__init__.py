@@ -23,7 +23,7 @@ from cnfkit.bijections import (
     Standardize,
     mask,
 )
-from cnfkit.checkpoint import CheckpointError, load, save, trained
+from cnfkit.checkpoint import CheckpointError, load, save
 from cnfkit.checks import CheckFailed, check
 from cnfkit.contract import bijection_contract, flow_contract
 from cnfkit.data import Images, ToyDensity, digits, mnist, toy_density
@@ -34,6 +34,7 @@ from cnfkit.nets import MLP, ConvNet
 from cnfkit.ode import Solve
 from cnfkit.settings import device, retrain, steps
 from cnfkit.training import History, fit
+from cnfkit.zoo import trained
 
 __version__ = "0.1.0"
 
