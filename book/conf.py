@@ -46,6 +46,7 @@ myst_heading_anchors = 3
 numfig = True
 nb_execution_mode = "off"  # the committed outputs are the book; nbval proves them fresh
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # captions hold mathematics
 nb_ipywidgets_js = {}  # what moves on a page is plain HTML: no widget manager from the network
 # A page shows the picture that a control comes with. The control itself, which needs a kernel, is
 # nothing there, and still better than its repr.

@@ -1,14 +1,24 @@
-"""Lines printed by ``cnfkit.check`` get the class ``check``, which the style sheet shows as a calm green mark."""
+"""Lines printed by ``cnfkit.check``: a calm green mark, and a link to the equation that is checked."""
+
+import re
 
 from docutils import nodes
+from ledger import equation_link
 
 
 def mark(app, doctree):
-    """Give every output that consists of check lines its class."""
+    """Give every output that is a check line its class, and its equation's label a link."""
     for block in doctree.findall(nodes.literal_block):
-        lines = block.astext().strip().splitlines()
-        if lines and all(line.startswith("✓") for line in lines):
-            block["classes"].append("check")
+        text = block.astext().strip()
+        if not text.startswith("✓") or "\n" in text:
+            continue
+        block["classes"].append("check")
+        block.rawsource = ""  # a block that is not its source is shown as it is, without highlighting
+        label = re.search(r"\((eq-[\w-]+)\)$", text)
+        if label:
+            link = equation_link(label[1], app.env.docname)
+            block.children = []
+            block += [nodes.Text(text[: label.start()]), link]
 
 
 def setup(app):

@@ -25,6 +25,13 @@ def checks_of(cells: list[dict]) -> list[dict]:
     return [record for record in records if record]
 
 
+def equation_link(label: str, docname: str) -> addnodes.pending_xref:
+    """A link from a page to a numbered equation; a label that no page has is a warning."""
+    link = addnodes.pending_xref("", refdomain="math", reftype="eq", reftarget=label, refdoc=docname, refwarn=True)
+    link += nodes.literal(text=label)
+    return link
+
+
 class ChecksLedger(SphinxDirective):
     """One table per chapter of the book, in the order of their numbers."""
 
@@ -62,7 +69,7 @@ class ChecksLedger(SphinxDirective):
             equation = record.get("equation")
             body += self.row(
                 [
-                    self.equation(equation) if equation else nodes.Text("–"),
+                    equation_link(equation, self.env.docname) if equation else nodes.Text("–"),
                     nodes.Text(record["claim"]),
                     nodes.Text(f"{record['measured']:.3g}"),
                     nodes.Text(record["bound"]),
@@ -72,14 +79,6 @@ class ChecksLedger(SphinxDirective):
         table += group
         # A wide table scrolls in its own box on a phone.
         return nodes.container("", table, classes=["checks-ledger-box"])
-
-    def equation(self, label: str) -> addnodes.pending_xref:
-        """A link to the numbered equation; a label that no page has is a warning."""
-        link = addnodes.pending_xref(
-            "", refdomain="math", reftype="eq", reftarget=label, refdoc=self.env.docname, refwarn=True
-        )
-        link += nodes.literal(text=label)
-        return link
 
     @staticmethod
     def row(cells: list[nodes.Node]) -> nodes.row:
