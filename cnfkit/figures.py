@@ -210,14 +210,14 @@ def density(ax: Axes, log_prob: Callable[[Tensor], Tensor], limits: Sequence[flo
     with torch.no_grad():
         values = log_prob(points).exp().reshape(n, n).cpu()
     options = {"cmap": DENSITY, "vmin": 0, "origin": "lower", "extent": limits, "aspect": "equal"} | options
-    ax.imshow(values, **options)
+    ax.imshow(values.numpy(), **options)
     bare(ax)
     return values
 
 
 def points(ax: Axes, x: Tensor, limits: Sequence[float] | None = None, **options) -> None:
     """Draw points on the plane, shape ``(n, 2)``."""
-    x = x.detach().cpu()
+    x = x.detach().cpu().numpy()
     ax.scatter(x[:, 0], x[:, 1], **({"s": 4, "alpha": 0.5, "linewidths": 0, "color": DATA} | options))
     if limits is not None:
         ax.axis(limits)
@@ -242,7 +242,8 @@ def grid(ax: Axes, transform: Callable[[Tensor], Tensor], limits: Sequence[float
         level = (left + fine * (right - left), np.full_like(fine, bottom + share * (top - bottom)))
         for x, y in (upright, level):
             with torch.no_grad():
-                image = transform(torch.tensor(np.stack([x, y], -1), dtype=torch.get_default_dtype())).cpu()
+                image = transform(torch.tensor(np.stack([x, y], -1), dtype=torch.get_default_dtype()))
+            image = image.cpu().numpy()
             ax.plot(image[:, 0], image[:, 1], **({"color": "#555555", "linewidth": 0.7} | options))
     ax.set_aspect("equal")
     bare(ax)
@@ -257,7 +258,7 @@ def images(ax: Axes, pictures: Tensor, columns: int = 10, levels: int = 2, **opt
     sheet = torch.zeros(rows * columns, height + 1, width + 1)
     sheet[:n, :-1, :-1] = pictures[:, 0].float().cpu()
     sheet = sheet.view(rows, columns, height + 1, width + 1).transpose(1, 2).reshape(rows * (height + 1), -1)
-    ax.imshow(sheet[:-1, :-1], **({"vmin": 0, "vmax": levels - 1, "interpolation": "nearest"} | options))
+    ax.imshow(sheet[:-1, :-1].numpy(), **({"vmin": 0, "vmax": levels - 1, "interpolation": "nearest"} | options))
     bare(ax)
 
 
