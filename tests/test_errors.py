@@ -1,0 +1,415 @@
+"""Bad calls: each raises at once, and its message names the argument, what came, and what is wanted."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import image_bijection, real_nvp, two_moons_flow
+from torch import nn
+
+import cnfkit as k
+from cnfkit import figures
+
+EYE, X = torch.eye(2), torch.zeros(3, 2)
+EVEN = k.mask("even", 2)
+IMAGE = torch.zeros(3, 1, 8, 8)
+NAN = torch.tensor([[0.0, 1.0], [math.nan, 1.0]])
+LEVELS = torch.zeros(3, 2, dtype=torch.uint8)
+
+
+def flow() -> k.Flow:
+    return two_moons_flow(layers=1)
+
+
+def levels() -> k.Dequantised:
+    return k.Dequantised(flow(), k.UniformDequantiser(4))
+
+
+def fit(data=None, loss=None, **options):
+    data = torch.randn(20, 2) if data is None else data
+    loss = k.NegativeLogLikelihood(flow()) if loss is None else loss
+    return k.fit(loss, data, **dict(steps=2, progress=False) | options)
+
+
+@dataclass
+class Bad:
+    call: object
+    error: type[Exception]
+    message: str
+
+
+T, V = TypeError, ValueError
+TABLE = {
+    # points
+    "points of another width": Bad(
+        lambda: real_nvp()(torch.zeros(3, 4)), V, "Chain: x has shape (3, 4); wanted (*batch, 2)"
+    ),
+    "latent of another width": Bad(
+        lambda: real_nvp().inverse(torch.zeros(3)), V, "Chain: z has shape (3,); wanted (*batch, 2)"
+    ),
+    "points with too few dimensions": Bad(
+        lambda: k.Squeeze((1, 8, 8))(torch.zeros(8, 8)), V, "Squeeze: x has shape (8, 8); wanted (*batch, 1, 8, 8)"
+    ),
+    "points that are a number": Bad(
+        lambda: flow().log_prob(torch.tensor(1.0)), V, "x has shape (); wanted (*batch, 2)"
+    ),
+    "points that are a list": Bad(lambda: flow().log_prob([[0.0, 0.0]]), T, "x is a list; wanted a torch.Tensor"),
+    "points that are an array": Bad(
+        lambda: k.Normal(2).log_prob(np.zeros((3, 2))), T, "z is a ndarray; wanted a torch.Tensor"
+    ),
+    "images that are flat": Bad(
+        lambda: image_bijection()(torch.zeros(3, 64)), V, "Multiscale: x has shape (3, 64); wanted (*batch, 1, 8, 8)"
+    ),
+    "a latent that is an image": Bad(
+        lambda: image_bijection().inverse(IMAGE), V, "Multiscale: z has shape (3, 1, 8, 8); wanted (*batch, 64)"
+    ),
+    "whole numbers": Bad(lambda: flow().log_prob(X.long()), T, "x has dtype torch.int64; wanted floating point"),
+    "whole numbers to a map without parameters": Bad(
+        lambda: k.Arcsinh(2)(X.int()), T, "Arcsinh: x has dtype torch.int32; wanted floating point"
+    ),
+    "float64 to float32": Bad(
+        lambda: real_nvp()(X.double()), T, "x has dtype torch.float64, but the parameters are torch.float32; call .to("
+    ),
+    "float64 to a flow without parameters": Bad(
+        lambda: k.Flow(k.Normal(2), k.Arcsinh(2)).log_prob(X.double()),
+        T,
+        "x has dtype torch.float64, but the parameters",
+    ),
+    "float64 to float32 statistics": Bad(
+        lambda: k.Standardize.of(torch.randn(9, 2))(X.double()), T, "Standardize: x has dtype torch.float64, but"
+    ),
+    "float32 to float64": Bad(
+        lambda: flow().double().log_prob(X), T, "x has dtype torch.float32, but the parameters are torch.float64"
+    ),
+    "another device": Bad(lambda: real_nvp()(X.to("meta")), T, "x is on meta, but the parameters are on cpu; move one"),
+    "a flow on another device": Bad(
+        lambda: flow().to("meta").log_prob(X), T, "x is on cpu, but the parameters are on meta"
+    ),
+    "a base on another device": Bad(lambda: k.Normal(2).log_prob(X.to("meta")), T, "Normal: z is on meta, but"),
+    "NaN": Bad(lambda: flow().log_prob(NAN), V, "1 of 4 entries of x are NaN or infinite; clean the data"),
+    "infinity": Bad(lambda: flow().log_prob(NAN / 0), V, "entries of x are NaN or infinite"),
+    "context to a map that takes none": Bad(
+        lambda: real_nvp()(X, context=X), V, "Chain: context was given, but this map takes none"
+    ),
+    "context to a flow that takes none": Bad(
+        lambda: flow().log_prob(X, X), V, "context was given, but this map takes none"
+    ),
+    "context to sampling that takes none": Bad(
+        lambda: flow().sample(3, X), V, "context was given, but this map takes none"
+    ),
+    # bijections
+    "matrix that is a list": Bad(
+        lambda: k.Affine([[1.0]]), T, "matrix is a list; wanted a floating-point torch.Tensor"
+    ),
+    "matrix of whole numbers": Bad(
+        lambda: k.Affine(EYE.long()), T, "matrix is a tensor of torch.int64; wanted a floating-point"
+    ),
+    "matrix that is not square": Bad(lambda: k.Affine(torch.ones(2, 3)), V, "matrix has shape (2, 3); wanted (d, d)"),
+    "matrix that is a vector": Bad(lambda: k.Affine(torch.ones(2)), V, "matrix has shape (2,); wanted (d, d)"),
+    "singular matrix": Bad(
+        lambda: k.Affine(torch.tensor([[1.0, 2.0], [2.0, 4.0]])), V, "matrix is singular or not finite"
+    ),
+    "matrix with NaN": Bad(lambda: k.Affine(NAN), V, "matrix is singular or not finite"),
+    "shift of another width": Bad(lambda: k.Affine(EYE, torch.zeros(3)), V, "shift has shape (3,); wanted (2,)"),
+    "shift of another dtype": Bad(
+        lambda: k.Affine(EYE, torch.zeros(2).double()), T, "shift has dtype torch.float64, but"
+    ),
+    "scale that does not broadcast": Bad(
+        lambda: k.Diagonal(2, torch.zeros(3)), V, "log_scale has shape (3,); wanted one that broadcasts to (2,)"
+    ),
+    "scale of whole numbers": Bad(
+        lambda: k.Diagonal(2, shift=torch.arange(2)), T, "shift is a tensor of torch.int64; wanted"
+    ),
+    "statistics of different shapes": Bad(
+        lambda: k.Standardize(torch.zeros(2), torch.ones(3)), V, "std has shape (3,); wanted that of mean, (2,)"
+    ),
+    "statistics of different dtypes": Bad(
+        lambda: k.Standardize(torch.zeros(2), torch.ones(2).double()), T, "std has dtype torch.float64, but"
+    ),
+    "deviation of zero": Bad(lambda: k.Standardize.of(X), V, "std: every entry must be positive; a constant column"),
+    "statistics of NaN": Bad(lambda: k.Standardize.of(NAN), V, "mean holds NaN or infinite entries"),
+    "statistics of no data": Bad(
+        lambda: k.Standardize.of(torch.zeros(0, 2)), V, "data has shape (0, 2); wanted (n, *event_shape)"
+    ),
+    "statistics of whole numbers": Bad(
+        lambda: k.Standardize.of(LEVELS), T, "data is a tensor of torch.uint8; wanted a floating"
+    ),
+    "actnorm of a constant channel": Bad(lambda: k.ActNorm(2).initialize(X), V, "x: a channel is constant"),
+    "actnorm of NaN": Bad(lambda: k.ActNorm(2).initialize(NAN), V, "x holds NaN or infinite entries"),
+    "actnorm of no data": Bad(
+        lambda: k.ActNorm(2).initialize(torch.zeros(0, 2)), V, "x has shape (0, 2); wanted (n, 2)"
+    ),
+    "actnorm of one point": Bad(lambda: k.ActNorm(2).initialize(torch.zeros(2)), V, "x has shape (2,); wanted (n, 2)"),
+    "alpha out of range": Bad(lambda: k.Logit(2, alpha=0.5), V, "alpha is 0.5; wanted a number in [0, 0.5)"),
+    "grey levels to a logit": Bad(
+        lambda: k.Logit(2)(X + 255), V, "6 of 6 entries of x lie outside (0, 1); scale the data first"
+    ),
+    "mask of numbers": Bad(
+        lambda: k.AffineCoupling(EVEN.float(), k.MLP(2, 4)), T, "mask is torch.float32; wanted a boolean tensor"
+    ),
+    "mask that is a list": Bad(
+        lambda: k.AffineCoupling([True, False], k.MLP(2, 4)), T, "mask is list; wanted a boolean tensor"
+    ),
+    "mask of one part": Bad(
+        lambda: k.AffineCoupling(EVEN | True, k.MLP(2, 4)), V, "mask: one of its two parts is empty"
+    ),
+    "bound of zero": Bad(
+        lambda: k.AffineCoupling(EVEN, k.MLP(2, 4), bound=0), V, "bound is 0; wanted a positive number"
+    ),
+    "infinite bound": Bad(
+        lambda: k.AffineCoupling(EVEN, k.MLP(2, 4), bound=math.inf), V, "bound is inf; wanted a positive"
+    ),
+    "net with too few outputs": Bad(
+        lambda: k.AffineCoupling(EVEN, k.MLP(2, 2))(X), V, "net gave shape (3, 2); wanted (3, 4)"
+    ),
+    "net with too many outputs": Bad(
+        lambda: k.AdditiveCoupling(EVEN, k.MLP(2, 4))(X), V, "net gave shape (3, 4); wanted (3, 2)"
+    ),
+    "net with other inputs": Bad(
+        lambda: k.AffineCoupling(EVEN, k.MLP(3, 4))(X), V, "MLP: input has shape (3, 2); wanted (*batch, 3)"
+    ),
+    "unknown mask": Bad(lambda: k.mask("odd", 2), V, "kind is 'odd'; wanted one of even, checkerboard"),
+    "mask that does not fit": Bad(
+        lambda: k.mask("checkerboard", 4), V, "'checkerboard' does not fit event_shape (4,); vectors take 'even'"
+    ),
+    "mask with an empty part": Bad(
+        lambda: k.mask("top", (1, 1, 4)), V, "event_shape (1, 1, 4) leaves one of its two parts empty"
+    ),
+    "negative size": Bad(lambda: k.Arcsinh(-2), V, "event_shape is -2; wanted positive sizes, such as 2 or (1, 8, 8)"),
+    "size of zero": Bad(lambda: k.Diagonal((2, 0)), V, "event_shape is (2, 0); wanted positive sizes"),
+    "no size": Bad(lambda: k.Normal(()), V, "event_shape is (); wanted positive sizes"),
+    "size that is no number": Bad(lambda: k.Normal(2.0), V, "event_shape is 2.0; wanted positive sizes"),
+    "squeeze of a vector": Bad(lambda: k.Squeeze(4), V, "event_shape is (4,); wanted (c, h, w) with h and w divisible"),
+    "squeeze that does not divide": Bad(lambda: k.Squeeze((1, 8, 7)), V, "event_shape is (1, 8, 7); wanted (c, h, w)"),
+    "squeeze by nothing": Bad(
+        lambda: k.Squeeze((1, 8, 8), factor=0), V, "factor is 0; wanted a whole number of at least 1"
+    ),
+    # combinations
+    "empty chain": Bad(lambda: k.Chain(), V, "bijections: a Chain needs at least one, got none"),
+    "chain of a list": Bad(lambda: k.Chain([k.Arcsinh(2)]), T, "bijections[0] is a list; wanted a Bijection"),
+    "chain of a net": Bad(lambda: k.Chain(k.Arcsinh(2), k.MLP(2, 2)), T, "bijections[1] is a MLP; wanted a Bijection"),
+    "chain that does not fit": Bad(
+        lambda: k.Chain(k.Arcsinh(2), k.Arcsinh(3)),
+        V,
+        "bijections[0] (Arcsinh) gives shape (2,), but bijections[1] (Arcsinh) takes (3,)",
+    ),
+    "inverse of a class": Bad(lambda: k.Inverse(k.Arcsinh), T, "bijection is a ABCMeta; wanted a Bijection"),
+    "empty multiscale": Bad(lambda: k.Multiscale(), V, "stages: a Multiscale needs at least one, got none"),
+    "multiscale of a net": Bad(lambda: k.Multiscale(k.ConvNet(1, 1)), T, "stages[0] is a ConvNet; wanted a Bijection"),
+    "multiscale of vectors": Bad(
+        lambda: k.Multiscale(k.Arcsinh(4)), V, "stages[0] gives (4,); wanted (c, h, w), c even to split"
+    ),
+    "multiscale of odd channels": Bad(
+        lambda: k.Multiscale(k.Arcsinh((3, 2, 2)), k.Arcsinh((1, 2, 2))),
+        V,
+        "stages[0] gives (3, 2, 2); wanted (c, h, w)",
+    ),
+    "multiscale that does not fit": Bad(
+        lambda: k.Multiscale(k.Squeeze((1, 4, 4)), k.Arcsinh((4, 2, 2))),
+        V,
+        "stages[1] takes (4, 2, 2); wanted (2, 2, 2)",
+    ),
+    "flow the wrong way round": Bad(lambda: k.Flow(k.Arcsinh(2), k.Normal(2)), T, "base is a Arcsinh; wanted a Base"),
+    "flow of a net": Bad(lambda: k.Flow(k.Normal(2), k.MLP(2, 2)), T, "bijection is a MLP; wanted a Bijection"),
+    "flow that does not fit": Bad(
+        lambda: k.Flow(k.Normal(2), k.Arcsinh(3)),
+        V,
+        "base has event_shape (2,), but the bijection ends in (3,); they must agree",
+    ),
+    # sampling
+    "negative number of samples": Bad(
+        lambda: flow().sample(-1), V, "n is -1; wanted a number of points, or a batch shape"
+    ),
+    "half a sample": Bad(lambda: flow().sample(0.5), V, "n is 0.5; wanted a number of points"),
+    "negative batch": Bad(lambda: flow().rsample((2, -1)), V, "n is (2, -1); wanted a number of points"),
+    "seed for a generator": Bad(
+        lambda: flow().sample(2, generator=0), T, "generator is a int; wanted a torch.Generator"
+    ),
+    # nets
+    "net of no width": Bad(
+        lambda: k.MLP(2, 0), V, "inputs, hidden, outputs are [2, 64, 64, 0]; wanted positive widths"
+    ),
+    "net of one hidden width": Bad(lambda: k.MLP(2, 4, hidden=64), V, "hidden is 64; wanted a sequence of widths"),
+    "convolutions of no channels": Bad(
+        lambda: k.ConvNet(0, 2), V, "inputs, hidden, outputs are [0, 32, 2]; wanted positive"
+    ),
+    "convolutions of other channels": Bad(
+        lambda: k.ConvNet(2, 2)(IMAGE), V, "ConvNet: input has shape (3, 1, 8, 8); wanted (*batch, 2, h, w)"
+    ),
+    # dequantisation and units
+    "one level": Bad(lambda: k.UniformDequantiser(1), V, "levels is 1; wanted a whole number of at least 2"),
+    "half a level": Bad(lambda: k.UniformDequantiser(2.5), V, "levels is 2.5; wanted a whole number"),
+    "levels out of range": Bad(lambda: levels().log_prob(LEVELS + 4), V, "k holds values 4 to 4; wanted 0 to 3"),
+    "negative levels": Bad(lambda: levels().log_prob(LEVELS.int() - 1), V, "k holds values -1 to -1; wanted 0 to 3"),
+    "levels that are no whole numbers": Bad(
+        lambda: levels().log_prob(X), T, "k has dtype torch.float32; wanted whole numbers, 0 to 3"
+    ),
+    "levels of another shape": Bad(lambda: levels().log_prob(LEVELS[0]), V, "k has shape (2,); wanted (n, 2)"),
+    "no levels": Bad(
+        lambda: levels().log_prob(LEVELS[:0]), V, "k has shape (0, 2), no values; wanted at least one point"
+    ),
+    "levels that are a list": Bad(lambda: levels().log_prob([[0, 1]]), T, "k is a list; wanted a torch.Tensor"),
+    "levels to dequantise that are a list": Bad(
+        lambda: k.UniformDequantiser(2)([[0, 1]]), T, "k is a list; wanted a torch.Tensor"
+    ),
+    "no draws": Bad(lambda: levels().log_prob(LEVELS, draws=0), V, "draws is 0; wanted a whole number of at least 1"),
+    "dequantised bijection": Bad(
+        lambda: k.Dequantised(real_nvp(), k.UniformDequantiser(2)), T, "flow is a Chain; wanted a Flow"
+    ),
+    "dequantised by a number": Bad(
+        lambda: k.Dequantised(flow(), 256), T, "dequantiser is a int; wanted a UniformDequantiser"
+    ),
+    "no dimensions": Bad(lambda: k.bits_per_dimension(X, 0), V, "dimensions is 0; wanted at least 1"),
+    "unknown unit": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), "bits/dim"), V, "unit is 'bits/dim'; wanted 'nats' or 'bits'"
+    ),
+    "loss of a bijection": Bad(
+        lambda: k.NegativeLogLikelihood(real_nvp()), T, "model is a Chain; wanted a Flow or a Dequantised"
+    ),
+    # training
+    "a flow for a loss": Bad(
+        lambda: fit(loss=flow()), T, "loss is a Flow; wanted a loss module, such as NegativeLogLikelihood"
+    ),
+    "a function for a loss": Bad(lambda: fit(loss=lambda batch: 0), T, "loss is a function; wanted a loss module"),
+    "nothing to train": Bad(
+        lambda: fit(loss=k.NegativeLogLikelihood(k.Flow(k.Normal(2), k.Arcsinh(2)))),
+        V,
+        "loss has no parameters to train",
+    ),
+    "data that are an array": Bad(
+        lambda: fit(np.zeros((3, 2))), T, "data is a ndarray; wanted a torch.Tensor of shape (n, *event"
+    ),
+    "data without a batch": Bad(
+        lambda: fit(torch.zeros(2)), V, "data has shape (2,); wanted (n, *event_shape) with n at least 1"
+    ),
+    "no data": Bad(
+        lambda: fit(torch.zeros(0, 2)), V, "data has shape (0, 2); wanted (n, *event_shape) with n at least 1"
+    ),
+    "data with NaN": Bad(lambda: fit(NAN), V, "data: 1 of 2 points hold NaN or infinite entries"),
+    "data of another width": Bad(lambda: fit(torch.zeros(9, 3)), V, "x has shape (9, 3); wanted (*batch, 2)"),
+    "data of another dtype": Bad(
+        lambda: fit(torch.randn(9, 2).double()), T, "x has dtype torch.float64, but the parameters are"
+    ),
+    "whole numbers to a flow": Bad(
+        lambda: fit(torch.ones(9, 2).long()), T, "x has dtype torch.int64; wanted floating point"
+    ),
+    "no steps": Bad(lambda: fit(steps=0), V, "steps is 0; wanted a whole number of at least 1"),
+    "half a batch": Bad(lambda: fit(batch=0.5), V, "batch is 0.5; wanted a whole number of at least 1"),
+    "no records": Bad(lambda: fit(records=0), V, "records is 0; wanted a whole number of at least 1"),
+    "no learning rate": Bad(lambda: fit(lr=0), V, "lr is 0; wanted a positive number"),
+    "NaN for a learning rate": Bad(lambda: fit(lr=math.nan), V, "lr is nan; wanted a positive number"),
+    "everything held out": Bad(
+        lambda: fit(validation=1.0), V, "validation is 1.0; wanted a fraction in [0, 1), or held-out points"
+    ),
+    "held-out number as text": Bad(lambda: fit(validation="10%"), V, "validation is '10%'; wanted a fraction"),
+    "nothing held out": Bad(lambda: fit(validation=X[:0]), V, "validation has shape (0, 2); wanted (n, *event_shape)"),
+    "held-out points with NaN": Bad(lambda: fit(validation=NAN), V, "validation: 1 of 2 points hold NaN"),
+    "held-out points of another width": Bad(
+        lambda: fit(validation=torch.zeros(3, 5)), V, "validation has points of shape (5,); data of (2,)"
+    ),
+    "a folder for a checkpoint": Bad(lambda: fit(checkpoint="."), V, "checkpoint is '.', a folder; wanted a file"),
+    # how to solve
+    "unknown trace": Bad(lambda: k.Solve(trace="hutch"), V, "trace is 'hutch'; wanted one of exact, hutchinson"),
+    "unknown gradient": Bad(
+        lambda: k.Solve(gradient="none"), V, "gradient is 'none'; wanted one of backprop, checkpoint, adjoint"
+    ),
+    "no probes": Bad(lambda: k.Solve(probes=0), V, "probes is 0; wanted a whole number of at least 1"),
+    "no solver steps": Bad(lambda: k.Solve(max_steps=1.5), V, "max_steps is 1.5; wanted a whole number of at least 1"),
+    "seed for probes": Bad(lambda: k.Solve(generator=1), T, "generator is a int; wanted a torch.Generator"),
+    "grid and tolerance": Bad(lambda: k.Solve(times=(0, 1), tolerance=1e-3), V, "times and tolerance are both given"),
+    "one time": Bad(lambda: k.Solve(times=(0,)), V, "times is (0,); wanted at least two increasing numbers"),
+    "a number of times": Bad(lambda: k.Solve(times=10), V, "times is 10; wanted at least two increasing numbers"),
+    "times that go back": Bad(
+        lambda: k.Solve(times=(0, 1, 0.5)), V, "times is (0, 1, 0.5); wanted at least two increasing"
+    ),
+    "a time that is NaN": Bad(
+        lambda: k.Solve(times=(0, math.nan)), V, "times is (0, nan); wanted at least two increasing"
+    ),
+    "negative tolerance": Bad(lambda: k.Solve(tolerance=-1e-3), V, "tolerance is -0.001; wanted a positive number"),
+    # checks and contract
+    "check without a bound": Bad(
+        lambda: k.check("c", 1), V, "check 'c': wanted exactly one of below, above, within; got none"
+    ),
+    "check of nothing": Bad(
+        lambda: k.check("c", X[:0], below=1), V, "check 'c': nothing was measured (an empty tensor)"
+    ),
+    "check within a number": Bad(
+        lambda: k.check("c", 1, within=2), V, "check 'c': within is 2; wanted an interval (low, high)"
+    ),
+    "check within nothing": Bad(
+        lambda: k.check("c", 1, within=(2, 1)), V, "check 'c': within is (2, 1); wanted an interval"
+    ),
+    "contract of a flow": Bad(
+        lambda: k.bijection_contract(flow(), X), T, "bijection is a Flow; wanted a Bijection (a Flow has .bijection)"
+    ),
+    "contract at one point": Bad(
+        lambda: k.bijection_contract(real_nvp(), X[:1]), V, "x has 1 points; the contract needs at least 2"
+    ),
+    "flow contract of a map": Bad(lambda: k.flow_contract(real_nvp()), T, "flow is a Chain; wanted a Flow"),
+    # data and figures
+    "unknown density": Bad(
+        lambda: k.toy_density("moons"), V, "name is 'moons'; wanted one of two_moons, eight_gaussians"
+    ),
+    "toy points in space": Bad(
+        lambda: k.toy_density("pinwheel").log_prob(torch.zeros(5, 3)),
+        V,
+        "Pinwheel: x has shape (5, 3); wanted (*batch, 2)",
+    ),
+    "toy points of whole numbers": Bad(
+        lambda: k.toy_density("checkerboard").log_prob(X.long()),
+        T,
+        "Checkerboard: x has dtype torch.int64; wanted floating",
+    ),
+    "negative number of toy points": Bad(
+        lambda: k.toy_density("two_moons").sample(-5), V, "n is -5; wanted a number of points"
+    ),
+    "images without a channel": Bad(
+        lambda: figures.images(None, torch.zeros(3, 8, 8)),
+        V,
+        "pictures has shape (3, 8, 8); wanted (n, 1, height, width)",
+    ),
+    "missing checkpoint": Bad(
+        lambda: k.load("absent.safetensors", nn.Linear(2, 2)),
+        FileNotFoundError,
+        "no checkpoint at absent.safetensors; train the",
+    ),
+    "missing MNIST": Bad(
+        lambda: k.mnist("absent"), FileNotFoundError, "MNIST's train-images-idx3-ubyte (or train-images-idx3-ubyte.gz)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_bad_call(name):
+    bad = TABLE[name]
+    with pytest.raises(bad.error, match=re.escape(bad.message)) as raised:
+        bad.call()
+    assert type(raised.value) is bad.error, "not of a class that happens to derive from it"
+    last = raised.traceback[-1].path
+    assert Path(k.__file__).parent in last.parents, f"raised by {last}, which knows nothing of the argument"
+
+
+def test_a_refused_call_changes_nothing():
+    """After a refusal the same object goes on as before."""
+    model, x = flow(), torch.randn(4, 2)
+    before = model.log_prob(x)
+    for call in (lambda: model.log_prob(NAN), lambda: model.log_prob(X.double()), lambda: model.sample(-1)):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+    assert model.log_prob(x).equal(before)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_nan_that_arises_inside_a_flow_is_not_called_a_density(at):
+    """NaN weights, as a diverged run leaves them: the density is NaN or nothing, and a check on it fails."""
+    model = two_moons_flow(layers=2)
+    with torch.no_grad():
+        list(model.parameters())[at].fill_(math.nan)
+    log_prob = model.log_prob(torch.ones(4, 2))
+    assert log_prob.isnan().all()
+    with pytest.raises(k.CheckFailed, match="measured nan"):
+        k.check("the log-density is finite", log_prob, above=-1e9)
