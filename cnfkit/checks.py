@@ -63,7 +63,7 @@ def check(
     worst = values[margin.argmin()].item()
     failures = int((~(margin >= 0 if kind == "within" else margin > 0)).sum())
 
-    written = f"within [{low:g}, {high:g}]" if kind == "within" else f"{kind} {bound:g}"
+    written = f"within [{low:.10g}, {high:.10g}]" if kind == "within" else f"{kind} {bound:.10g}"
     where = f" ({equation})" if equation else ""
     if failures:
         count = f"; {failures} of {len(values)} entries fail" if len(values) > 1 else ""
