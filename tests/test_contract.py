@@ -174,6 +174,26 @@ class OneBatchDimensionOnly(Coupling):
         return Result(result.value, result.logdet.reshape(-1))
 
 
+class FlattensItsBatch(Coupling):
+    """Right for one point and for a row of points, not for a grid of them."""
+
+    def there(self, result):
+        return Result(result.value, result.logdet.flatten() if result.logdet.dim() else result.logdet)
+
+
+class LogdetCachedPerBatchSize(Coupling):
+    """A buffer that is made once for each size of batch, and never filled again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = {}
+
+    def there(self, result):
+        if not result.logdet.dim():
+            return result
+        return Result(result.value, self.cache.setdefault(result.logdet.shape, result.logdet.detach()))
+
+
 class WritesIntoItsInput(Bijection):
     def __init__(self) -> None:
         super().__init__(2)
@@ -298,6 +318,8 @@ MUTANTS = {
     BatchNorm: BATCH,
     Dropout: BATCH,
     OneBatchDimensionOnly: BATCH,
+    FlattensItsBatch: BATCH,
+    LogdetCachedPerBatchSize: BATCH,
     NotANumber: BATCH,
     WritesIntoItsInput: INPUT,
     InverseWritesIntoItsInput: INPUT,
