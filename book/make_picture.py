@@ -16,7 +16,7 @@ import cnfkit as ck
 from cnfkit import figures
 
 FILE = Path(__file__).parent / "_static" / "flow.gif"
-LAYERS, STEPS_A_LAYER, POINTS = 12, 4, 2500
+LAYERS, STEPS_A_LAYER, POINTS = 12, 3, 1800
 
 
 def positions() -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,8 @@ def positions() -> tuple[torch.Tensor, torch.Tensor]:
             stages.append(layer.inverse(stages[-1]).value)
     shares = [k / STEPS_A_LAYER for k in range(LAYERS * STEPS_A_LAYER + 1)]
     path = [torch.lerp(stages[int(t)], stages[min(int(t) + 1, LAYERS)], t % 1) for t in shares]
-    return torch.stack(path), torch.atan2(z[:, 1], z[:, 0]) / (2 * math.pi) + 0.5
+    angle = torch.atan2(z[:, 1], z[:, 0]) / (2 * math.pi) + 0.5
+    return torch.stack(path), 0.1 + 0.8 * angle  # the ends of the colour map are nearly white
 
 
 def picture(x: torch.Tensor, colour: torch.Tensor) -> Image.Image:

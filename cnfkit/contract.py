@@ -58,7 +58,7 @@ def bijection_contract(
         z_before = there.value.clone()
         back = f.inverse(there.value, c64, solve)
         wrong += _malformed(back, (n,), f.event_shape, x64.dtype)
-    check("shapes and dtypes that are not as promised", wrong, below=1)
+    check("broken promises about shapes and dtypes", wrong, below=1)
 
     change = torch.stack([(x64 - before).abs().amax(), (there.value - z_before).abs().amax()])
     check("the input is left as it was", change, below=tolerance)

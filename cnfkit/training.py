@@ -129,7 +129,9 @@ class _Run:
         self.batch, self.lr, self.steps, self.seed = min(batch, len(train)), lr, steps, seed
         self.every = max(steps // records, 1)
         self.checkpoint = checkpoint
-        self.settings = {"steps": steps, "batch": self.batch, "lr": lr, "seed": seed, "points": len(train)}
+        self.settings = {"steps": steps, "batch": self.batch, "lr": lr, "seed": seed, "records": records}
+        if checkpoint is not None:
+            self.settings |= {"data": _fingerprint(train), "validation": _fingerprint(held_out)}
         self.optimizer = torch.optim.Adam(parameters, lr=lr)
         self.history, self.step, self.best, self.best_loss = History(), 0, {}, math.inf
         self.recent = torch.zeros((), device=device)
@@ -254,6 +256,12 @@ def _split(data: Tensor, validation: float | Tensor, seed: int) -> tuple[Tensor,
     held_out = int(len(data) * validation)
     order = torch.randperm(len(data), generator=_generator(seed, "split", 0))
     return data[order[held_out:].to(data.device)], data[order[:held_out].to(data.device)]
+
+
+def _fingerprint(points: Tensor) -> str:
+    """Shape and checksum: a run must not go on with other data than it began with."""
+    content = zlib.crc32(points.detach().cpu().contiguous().view(torch.uint8).numpy()) if len(points) else 0
+    return f"{tuple(points.shape)} {content:08x}"
 
 
 def _require_points(name: str, points: Tensor) -> None:

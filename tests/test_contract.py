@@ -30,7 +30,7 @@ from cnfkit import (
     mask,
 )
 
-FORM = "shapes and dtypes that are not as promised"
+FORM = "broken promises about shapes and dtypes"
 INPUT = "the input is left as it was"
 BATCH = "a point's result does not depend on its batch or on earlier calls"
 INVERSE = "the inverse undoes the map"

@@ -348,7 +348,7 @@ def test_a_checkpoint_does_not_change_the_run(tmp_path, uninterrupted):
         (dict(batch=8), "batch=16, this one has 8"),
         (dict(lr=0.5), "lr=0.01, this one has 0.5"),
         (dict(seed=1), "seed=0, this one has 1"),
-        (dict(validation=0.5), "points=180, this one has 100"),
+        (dict(validation=0.5), r"data='\(180, 2\) \w+', this one has '\(100, 2\)"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, changed, message):
@@ -460,3 +460,17 @@ def test_a_bar_where_one_is_wanted(monkeypatch, capfd, by):
     fit(Noisy(), data(), **OPTIONS | dict(progress=True if by == "argument" else None))
     out, err = capfd.readouterr()
     assert out == "" and f"0/{STEPS}" in err and "step/s" in err
+
+
+@pytest.mark.parametrize("part", ["data", "validation"])
+def test_other_data_of_the_same_shape_are_refused(tmp_path, part):
+    given = {"data": torch.randn(64, 2), "validation": torch.randn(16, 2)}
+
+    def run():
+        loss = NegativeLogLikelihood(two_moons_flow())
+        fit(loss, given["data"], validation=given["validation"], steps=4, checkpoint=tmp_path / "run.safetensors")
+
+    run()
+    given[part] = given[part] + 1
+    with pytest.raises(ValueError, match=f"is of a run with {part}="):
+        run()
