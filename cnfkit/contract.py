@@ -168,42 +168,43 @@ def _double(value: Bijection | Flow | Tensor) -> Bijection | Flow | Tensor:
     return copied.double()
 
 
+def _whole_line(middle: Tensor, scale: Tensor) -> tuple[Callable, Callable, Callable]:
+    """x = middle + scale t / (1 − t²), its inverse, and its slope."""
+
+    def to_t(x):
+        y = (x - middle) / scale
+        return 2 * y / (1 + (1 + 4 * y.square()).sqrt())
+
+    return (
+        lambda t: middle + scale * t / (1 - t.square()),
+        to_t,
+        lambda t: scale * (1 + t.square()) / (1 - t.square()).square(),
+    )
+
+
+def _interval(low: float, high: float) -> tuple[Callable, Callable, Callable]:
+    """x = low + (high − low) (t + 1) / 2, its inverse, and its slope."""
+    half = (high - low) / 2
+    return lambda t: low + half * (t + 1), lambda x: (x - low) / half - 1, lambda t: torch.full_like(t, half)
+
+
 def _check_integrals(flow: Flow, samples: Tensor, context, solve, support, cells: int = 20, fine: int = 12) -> None:
     """Total mass by the midpoint rule, and the samples' histogram against the mass of each cell, by Pearson's χ².
 
-    Each coordinate is x = m + s t / (1 − t²) with t in (−1, 1): the whole line, finest where the samples are.
+    Each coordinate x is a function of t in (−1, 1), so that the grid is finite and finest where the samples are.
     """
     flat = samples.flatten(1)
     d = flat.shape[1]
     if math.isinf(support[0]) or math.isinf(support[1]):
-        middle, scale = flat.median(0).values, flat.quantile(0.75, 0) - flat.quantile(0.25, 0)
-
-        def to_x(t):
-            return middle + scale * t / (1 - t.square())
-
-        def log_slope(t):
-            return (scale * (1 + t.square()) / (1 - t.square()).square()).log().sum(-1)
-
-        def to_t(x):
-            y = (x - middle) / scale
-            return 2 * y / (1 + (1 + 4 * y.square()).sqrt())
-
+        quarter, middle, three_quarters = flat.quantile(flat.new_tensor([0.25, 0.5, 0.75]), dim=0)
+        to_x, to_t, slope = _whole_line(middle, three_quarters - quarter)
     else:
-        low, high = support
-
-        def to_x(t):
-            return low + (high - low) * (t + 1) / 2
-
-        def log_slope(t):
-            return torch.full(t.shape[:-1], d * math.log((high - low) / 2), dtype=t.dtype, device=t.device)
-
-        def to_t(x):
-            return 2 * (x - low) / (high - low) - 1
+        to_x, to_t, slope = _interval(*support)
 
     line = (torch.arange(cells * fine, dtype=flat.dtype, device=flat.device) + 0.5) * 2 / (cells * fine) - 1
     t = torch.cartesian_prod(*[line] * d).view(-1, d)
     given = None if context is None else context.expand(len(t), -1)
-    log_density = flow.log_prob(to_x(t).view(-1, *flow.event_shape), given, solve) + log_slope(t)
+    log_density = flow.log_prob(to_x(t).view(-1, *flow.event_shape), given, solve) + slope(t).log().sum(-1)
     mass = (log_density.exp() * (2 / (cells * fine)) ** d).view([cells, fine] * d)
     mass = mass.sum([2 * k + 1 for k in range(d)]).flatten()
     check("the density integrates to 1", mass.sum(), within=(0.99, 1.01))

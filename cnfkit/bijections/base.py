@@ -131,11 +131,7 @@ class Chain(Bijection):
     """
 
     def __init__(self, *bijections: Bijection) -> None:
-        if not bijections:
-            raise ValueError("bijections: a Chain needs at least one, got none")
-        for k, member in enumerate(bijections):
-            if not isinstance(member, Bijection):
-                raise TypeError(f"bijections[{k}] is a {type(member).__name__}; wanted a Bijection")
+        require_bijections("bijections", bijections)
         for k, (before, after) in enumerate(pairwise(bijections)):
             if before.latent_shape != after.event_shape:
                 raise ValueError(
@@ -198,6 +194,15 @@ class Inverse(Bijection):
 
     def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
         return self.bijection(z, context, solve)
+
+
+def require_bijections(name: str, members: Sequence[Bijection]) -> None:
+    """Raise unless there is at least one member, and each is a bijection."""
+    if not members:
+        raise ValueError(f"{name}: at least one is needed, got none")
+    for k, member in enumerate(members):
+        if not isinstance(member, Bijection):
+            raise TypeError(f"{name}[{k}] is a {type(member).__name__}; wanted a Bijection")
 
 
 def as_shape(name: str, shape: int | Sequence[int]) -> torch.Size:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnfkit.bijections.base import Bijection, Result, as_shape
+from cnfkit.bijections.base import Bijection, Result, as_shape, require_bijections
 
 
 class Squeeze(Bijection):
@@ -73,11 +73,8 @@ class Multiscale(Bijection):
     """
 
     def __init__(self, *stages: Bijection) -> None:
-        if not stages:
-            raise ValueError("stages: a Multiscale needs at least one, got none")
+        require_bijections("stages", stages)
         for k, stage in enumerate(stages):
-            if not isinstance(stage, Bijection):
-                raise TypeError(f"stages[{k}] is a {type(stage).__name__}; wanted a Bijection")
             if len(stage.latent_shape) != 3 or (stage is not stages[-1] and stage.latent_shape[0] % 2):
                 raise ValueError(f"stages[{k}] gives {tuple(stage.latent_shape)}; wanted (c, h, w), c even to split")
             if k and stage.event_shape != (left := _half(stages[k - 1].latent_shape)):
