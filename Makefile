@@ -57,7 +57,7 @@ help: ## list the targets
 		'  NO_SETUP=1 PYTHON=python3 use an environment that is already there'
 
 .PHONY: setup
-setup: $(SETUP) ## make .venv from requirements.lock (every other target does this by itself)
+setup: $(SETUP) ## make .venv from requirements.lock (the other targets do this by themselves)
 
 # The stamp comes last: an interrupted set-up leaves none and is taken up again.
 .venv/.installed: requirements.lock pyproject.toml
@@ -110,7 +110,7 @@ picture: $(SETUP) ## make README's moving picture again
 
 # Each part alone is a target; all of them run even when one fails, and their times are shown.
 .PHONY: test
-test: $(SETUP) ## all of the following, timed against the budget of 15 minutes
+test: $(SETUP) ## lint, unit, pairs, nbval and book-strict, timed against the budget of 15 minutes
 	@$(PY) tests/run_parts.py --budget-minutes 15 --make "$(MAKE)" lint unit pairs nbval book-strict
 
 .PHONY: lint

@@ -3,7 +3,6 @@
 ``z = f(x)`` everywhere: data to latent is forward, and every log-determinant is that of the direction that was gone.
 """
 
-from cnfkit import figures
 from cnfkit.bases import Base, Normal, Uniform
 from cnfkit.bijections import (
     ActNorm,
@@ -74,7 +73,6 @@ __all__ = [
     "check",
     "device",
     "digits",
-    "figures",
     "fit",
     "flow_contract",
     "load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
@@ -28,7 +29,7 @@ class Base(nn.Module, ABC):
     def log_prob(self, z: Tensor) -> Tensor:
         """The log-density of points, shape ``(*batch, *event_shape)`` to ``(*batch)``."""
         check_points(type(self).__name__, "z", z, self.event_shape, self.like)
-        return sum_event(self._log_prob(z), self.event_shape)
+        return self._log_prob(z)
 
     def sample(self, n: int | Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
         """Independent points, shape ``(*n, *event_shape)``.
@@ -40,21 +41,16 @@ class Base(nn.Module, ABC):
             TypeError: if ``generator`` is no ``torch.Generator``.
             ValueError: if ``n`` is no number of points and no shape.
         """
-        sizes = (n,) if isinstance(n, int) else tuple(n) if isinstance(n, Iterable) else (None,)
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
-            raise ValueError(f"n is {n!r}; wanted a number of points, or a batch shape such as (3, 5)")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
-        noise = torch.empty(
-            *sizes, *self.event_shape, dtype=self.like.dtype, device=generator.device if generator else self.like.device
-        )
-        return self._fill(noise, generator).to(self.like.device)
+        device = generator.device if generator else self.like.device
+        return self._sample(as_batch(n), generator, dtype=self.like.dtype, device=device).to(self.like.device)
 
     @abstractmethod
     def _log_prob(self, z: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _fill(self, noise: Tensor, generator: torch.Generator | None) -> Tensor: ...
+    def _sample(self, batch: torch.Size, generator: torch.Generator | None, **options) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}"
@@ -73,10 +69,10 @@ class Normal(Base):
     """
 
     def _log_prob(self, z):
-        return -0.5 * (z.square() + math.log(2 * math.pi))
+        return sum_event(-0.5 * (z.square() + math.log(2 * math.pi)), self.event_shape)
 
-    def _fill(self, noise, generator):
-        return noise.normal_(generator=generator)
+    def _sample(self, batch, generator, **options):
+        return torch.randn(batch + self.event_shape, generator=generator, **options)
 
 
 class Uniform(Base):
@@ -93,7 +89,19 @@ class Uniform(Base):
 
     def _log_prob(self, z):
         inside = (z >= 0) & (z <= 1)  # NaN is not
-        return torch.zeros_like(z).masked_fill(~inside, -math.inf)
+        return sum_event(torch.zeros_like(z).masked_fill(~inside, -math.inf), self.event_shape)
 
-    def _fill(self, noise, generator):
-        return noise.uniform_(generator=generator)
+    def _sample(self, batch, generator, **options):
+        return torch.rand(batch + self.event_shape, generator=generator, **options)
+
+
+def as_batch(n: int | Sequence[int]) -> torch.Size:
+    """``n`` as a batch shape: a number of points, or a shape; or a ``ValueError``."""
+    sizes = n if isinstance(n, Iterable) and not isinstance(n, (str, Tensor)) else (n,)
+    try:
+        batch = torch.Size(operator.index(size) for size in sizes)
+    except TypeError:
+        batch = (-1,)
+    if isinstance(n, bool) or any(size < 0 for size in batch):
+        raise ValueError(f"n is {n!r}; wanted a number of points, or a batch shape such as (3, 5)")
+    return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import zip_longest
 from pathlib import Path
 
 import safetensors
@@ -15,7 +16,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: damaged, foreign, or made by another model."""
 
 
-def save(path: str | Path, module: nn.Module, **facts) -> None:
+def save(path: str | Path, module: nn.Module, /, **facts) -> None:
     """Write a module's weights, and facts about them, to a safetensors file.
 
     The file appears whole or not at all: a crash while writing leaves the one that was there.
@@ -30,7 +31,7 @@ def save(path: str | Path, module: nn.Module, **facts) -> None:
     ...     load(Path(folder) / "flow.safetensors", nn.Linear(2, 2))
     {'seed': 0}
     """
-    write(path, module.state_dict(), facts)
+    write(path, module.state_dict(), {"facts": facts, "model": describe(module)})
 
 
 def load(path: str | Path, module: nn.Module) -> dict:
@@ -47,21 +48,30 @@ def load(path: str | Path, module: nn.Module) -> dict:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is damaged or foreign, or its weights do not fit the module.
     """
-    tensors, facts = read(path)
-    fill(module, tensors, path)
-    return facts
+    tensors, about = read(path)
+    if "facts" not in about:
+        raise CheckpointError(f"{path} is a training run; resume it with fit(..., checkpoint=...), then save the model")
+    fill(module, tensors, about["model"], path)
+    return about["facts"]
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+def describe(module: nn.Module) -> list[str]:
+    """The module's parts with their settings, which no weight's shape shows; PyTorch's own parts left out."""
+    parts = [part for part in module.modules() if not type(part).__module__.startswith("torch.")]
+    return [f"{type(part).__name__}({part.extra_repr()})" for part in parts]
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], model: list[str], source: str | Path) -> None:
     """Copy tensors into a module, or raise a :class:`CheckpointError` that says what does not fit."""
     wanted = module.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} is not of this model" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
+    for name in (name for name in wanted if name in tensors):
+        came, want = ((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in (tensors[name], wanted[name]))
+        if came != want:
+            problems.append(f"{name} is {came[0]} {came[1]}, wanted {want[0]} {want[1]}")
+    parts = zip_longest(model, describe(module), fillvalue="nothing")
+    problems += [f"it has {came} where this one has {want}" for came, want in parts if came != want]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{source} was made by another model: {'; '.join(problems[:3])}{more}")

@@ -22,13 +22,13 @@ def bijection_contract(
     solve: Solve | None = None,
     tolerance: float = 1e-7,
 ) -> None:
-    r"""Check that a map is a bijection, and that its log-determinant is right.
+    r"""Check that a map is a bijection, that its log-determinant is right, and that both can be trained through.
 
     .. math:: f^{-1}(f(x)) = x, \qquad \text{logdet} = \log\left|\det \frac{\partial f}{\partial x}\right|, \qquad
               \text{logdet}(f) + \text{logdet}(f^{-1}) = 0
 
-    Before that: shapes and dtypes come out as promised; the input is left alone; a point's result does not depend on
-    the batch it comes in, nor on calls before. Jacobians are taken by autograd, on a float64 copy.
+    Before that: the dtype is kept; the input is left alone; a point's result does not depend on the batch it comes in,
+    nor on calls before. All is judged in float64, with autograd's Jacobians; then the map's own precision against it.
 
     Args:
         bijection: the map.
@@ -40,7 +40,7 @@ def bijection_contract(
     Raises:
         CheckFailed: at the first promise that is broken.
         TypeError: if ``bijection`` is none.
-        ValueError: if there are fewer than two points.
+        ValueError: if there are fewer than two points, or a result has not the shape that :class:`Bijection` demands.
     """
     if not isinstance(bijection, Bijection):
         raise TypeError(f"bijection is a {type(bijection).__name__}; wanted a Bijection (a Flow has .bijection)")
@@ -52,13 +52,14 @@ def bijection_contract(
     # The order is that of diagnosis: a map that breaks an early promise breaks later ones for no reason of their own.
     n, before = len(x), x64.clone()
     there = f(x64, c64, solve)
-    wrong = _malformed(bijection(x.detach().clone(), context, solve), (n,), f.latent_shape, x.dtype)
-    wrong += _malformed(there, (n,), f.latent_shape, x64.dtype)
-    if not wrong:
+    own = bijection(x.detach().clone(), context, solve)
+    dtypes = [(there, x64.dtype), (own, x.dtype)]
+    if there.value.dtype == x64.dtype:  # else the inverse would not even take it
         z_before = there.value.clone()
         back = f.inverse(there.value, c64, solve)
-        wrong += _malformed(back, (n,), f.event_shape, x64.dtype)
-    check("broken promises about shapes and dtypes", wrong, below=1)
+        dtypes.append((back, x64.dtype))
+    wrong = [part.dtype != dtype for result, dtype in dtypes for part in (result.value, result.logdet)]
+    check("results in another dtype than the input's", sum(wrong), below=1)
 
     change = torch.stack([(x64 - before).abs().amax(), (there.value - z_before).abs().amax()])
     check("the input is left as it was", change, below=tolerance)
@@ -74,11 +75,47 @@ def bijection_contract(
     check("a point's result does not depend on its batch or on earlier calls", torch.stack(gaps), below=tolerance)
 
     # relative to 1 + |x|, so that heavy tails are held to digits and not to decimals
-    check("the inverse undoes the map", (back.value - x64).abs() / (1 + x64.abs()), below=tolerance)
+    check("the inverse undoes the map", _relative(back.value, x64), below=tolerance)
     check("both log-determinants cancel", (there.logdet + back.logdet).abs(), below=tolerance)
 
-    error = there.logdet - torch.linalg.slogdet(_jacobians(f, x64, c64, solve)).logabsdet
+    jacobians = _jacobians(f, x64, c64, solve)
+    error = there.logdet - torch.linalg.slogdet(jacobians).logabsdet
     check("the log-determinant is that of autograd's Jacobian", error.abs(), below=tolerance)
+    product = _jacobians(f.inverse, there.value, c64, solve) @ jacobians
+    error = (product - torch.eye(product.shape[-1]).to(product)).abs()
+    check("the inverse's Jacobian is the inverse Jacobian", error, below=100 * tolerance)
+    _check_gradients(f, x64[:2], None if c64 is None else c64[:2], solve, tolerance)
+
+    single = torch.cat([_relative(own.value, there.value).flatten(), _relative(own.logdet, there.logdet).flatten()])
+    check("its own precision agrees with float64", single, below=1e-2 if x.dtype != torch.float64 else tolerance)
+
+
+def _relative(value: Tensor, truth: Tensor) -> Tensor:
+    return (value.to(truth) - truth).abs() / (1 + truth.abs())
+
+
+def _check_gradients(f: Bijection, x: Tensor, context: Tensor | None, solve: Solve | None, tolerance: float) -> None:
+    """Training differentiates the log-determinant, and sampling the inverse, in the parameters."""
+    parameters = [parameter for parameter in f.parameters() if parameter.requires_grad]
+    if not parameters:
+        return
+
+    def gradient(value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros(sum(parameter.numel() for parameter in parameters)).to(x)
+        parts = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    there = f(x, context, solve)
+    truth = gradient(torch.linalg.slogdet(_jacobians(f, x, context, solve, create_graph=True)).logabsdet.sum())
+    error = _relative(gradient(there.logdet.sum()), truth)
+    check("the log-determinant's gradient in the parameters is the Jacobian's", error, below=100 * tolerance)
+    # the inverse of the image is x whatever the parameters are: the direct and the indirect way must cancel
+    weight = torch.linspace(-1, 1, x.numel()).to(x).view_as(x)
+    direct = gradient((f.inverse(there.value.detach(), context, solve).value * weight).sum())
+    whole = gradient((f.inverse(there.value, context, solve).value * weight).sum())
+    error = whole.abs() / (1 + direct.abs())
+    check("the inverse's gradient in the parameters cancels the map's", error, below=100 * tolerance)
 
 
 def flow_contract(
@@ -103,20 +140,22 @@ def flow_contract(
         x: points to check the bijection at, shape ``(n, *event_shape)``; samples of the flow unless given.
         context: what the flow is conditioned on, shape ``(n, features)``; the integrals are taken given its first row.
         solve: how to solve an ODE, if the flow holds one.
-        support: the interval that each coordinate of the data lies in.
+        support: the interval that each coordinate of the data lies in; the whole line unless given.
         tolerance: the largest error in float64 of the bijection.
         seed: of the samples.
 
     Raises:
         CheckFailed: at the first promise that is broken.
         TypeError: if ``flow`` is none.
+        ValueError: if one end alone of ``support`` is infinite.
     """
+    if math.isinf(support[0]) != math.isinf(support[1]):
+        raise ValueError(f"support is {support}; wanted an interval with both ends, or the whole line")
     if not isinstance(flow, Flow):
         raise TypeError(f"flow is a {type(flow).__name__}; wanted a Flow")
     generator = torch.Generator().manual_seed(seed)
     if x is None:
-        n = 8 if context is None else len(context)
-        x = flow.sample(n, context, solve, generator=generator)
+        x = flow.sample(8 if context is None else (), context, solve, generator=generator)
     bijection_contract(flow.bijection, x, context, solve, tolerance)
 
     one = None if context is None else context[:1]
@@ -126,18 +165,11 @@ def flow_contract(
     one = None if one is None else _double(one)
     many = None if one is None else one.expand(n, -1)
     with torch.no_grad():
-        samples, log_prob = flow.sample_and_log_prob(n, many, solve, generator=generator)
+        samples, log_prob = flow.sample_and_log_prob(n if many is None else (), many, solve, generator=generator)
         error = (log_prob - flow.log_prob(samples, many, solve)).abs()
         check("sampling reports the log-density of its samples", error, below=100 * tolerance)
         if plane:
             _check_integrals(flow, samples, one, solve, support)
-
-
-def _malformed(result: Result, batch: tuple[int, ...], event: torch.Size, dtype: torch.dtype) -> int:
-    """How many promises about shapes and dtypes a result breaks."""
-    kept = [result.value.shape == (*batch, *event), result.logdet.shape == batch]
-    kept += [result.value.dtype == dtype, result.logdet.dtype == dtype]
-    return kept.count(False)
 
 
 def _difference(result: Result, batch: Result, part: Callable[[Tensor], Tensor]) -> Tensor:
@@ -147,15 +179,16 @@ def _difference(result: Result, batch: Result, part: Callable[[Tensor], Tensor])
     return torch.stack(gaps).amax()
 
 
-def _jacobians(f: Bijection, x: Tensor, context: Tensor | None, solve: Solve | None) -> Tensor:
+def _jacobians(
+    go: Callable, x: Tensor, context: Tensor | None, solve: Solve | None, create_graph: bool = False
+) -> Tensor:
     """The Jacobian at each point, shape ``(n, d, d)``, one backward pass a row: no point depends on another."""
-    x = x.clone().requires_grad_()
-    z = f(x, context, solve).value.flatten(1)
+    x = x.detach().requires_grad_()
+    z = go(x, context, solve).value.flatten(1)
     if not z.requires_grad:  # a map that cuts the graph: no derivative is the truth about it
         return z.new_zeros(*z.shape, z.shape[1])
-    rows = [
-        torch.autograd.grad(z[:, i].sum(), x, retain_graph=True, materialize_grads=True)[0] for i in range(z.shape[1])
-    ]
+    options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+    rows = [torch.autograd.grad(z[:, i].sum(), x, **options)[0] for i in range(z.shape[1])]
     return torch.stack(rows, 1).flatten(2)
 
 
@@ -195,7 +228,7 @@ def _check_integrals(flow: Flow, samples: Tensor, context, solve, support, cells
     """
     flat = samples.flatten(1)
     d = flat.shape[1]
-    if math.isinf(support[0]) or math.isinf(support[1]):
+    if math.isinf(support[0]):
         quarter, middle, three_quarters = flat.quantile(flat.new_tensor([0.25, 0.5, 0.75]), dim=0)
         to_x, to_t, slope = _whole_line(middle, three_quarters - quarter)
     else:
@@ -207,7 +240,7 @@ def _check_integrals(flow: Flow, samples: Tensor, context, solve, support, cells
     log_density = flow.log_prob(to_x(t).view(-1, *flow.event_shape), given, solve) + slope(t).log().sum(-1)
     mass = (log_density.exp() * (2 / (cells * fine)) ** d).view([cells, fine] * d)
     mass = mass.sum([2 * k + 1 for k in range(d)]).flatten()
-    check("the density integrates to 1", mass.sum(), within=(0.99, 1.01))
+    check("the density integrates to 1 over its support", mass.sum(), within=(0.99, 1.01))
 
     cell = ((to_t(flat) + 1) / 2 * cells).long().clamp(0, cells - 1)
     index = sum(cell[:, k] * cells ** (d - 1 - k) for k in range(d))

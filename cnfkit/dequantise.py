@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cnfkit.bijections.base import concrete
 from cnfkit.flow import Flow
+from cnfkit.ode.solve import Solve
 
 
 class UniformDequantiser(nn.Module):
@@ -43,14 +45,19 @@ class UniformDequantiser(nn.Module):
             raise TypeError(f"k has dtype {k.dtype}; wanted whole numbers, 0 to {self.levels - 1}")
         if not k.numel():
             raise ValueError(f"k has shape {tuple(k.shape)}, no values; wanted at least one point")
-        low, high = int(k.amin()), int(k.amax())  # numbers, because 256 compared with a uint8 tensor is 0
-        if low < 0 or high >= self.levels:
-            raise ValueError(f"k holds values {low} to {high}; wanted 0 to {self.levels - 1}")
+        if concrete(k):
+            low, high = int(k.amin()), int(k.amax())  # numbers, because 256 compared with a uint8 tensor is 0
+            if low < 0 or high >= self.levels:
+                raise ValueError(f"k holds values {low} to {high}; wanted 0 to {self.levels - 1}")
         device = generator.device if generator else k.device
         noise = torch.rand(k.shape, generator=generator, dtype=self.like.dtype, device=device).to(k.device)
-        # k + u can round up to the next whole number
-        y = ((k + noise) / self.levels).clamp(max=1 - torch.finfo(noise.dtype).eps / 2)
+        # off the edges of the cell by what rounding could carry across
+        edge = self.levels * torch.finfo(noise.dtype).eps
+        y = (k + noise.clamp(edge, 1 - edge)) / self.levels
         return y, y.new_full(k.shape[:1], k[0].numel() * math.log(self.levels))
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
 
     def quantise(self, y: Tensor) -> Tensor:
         """The level whose cell ``y`` lies in; points outside the unit interval go to the nearest."""
@@ -66,7 +73,7 @@ class Dequantised(nn.Module):
     Source: Ho et al., *Flow++*, equation 8; Burda, Grosse and Salakhutdinov, *Importance weighted autoencoders*.
 
     Args:
-        flow: a density of points in the unit cube.
+        flow: a density of points in the unit cube; mass that it has outside is given to no level by ``log_prob``.
         dequantiser: the distribution :math:`q(y \mid k)`.
 
     Raises:
@@ -89,11 +96,20 @@ class Dequantised(nn.Module):
     def event_shape(self) -> torch.Size:
         return self.flow.event_shape
 
-    def log_prob(self, k: Tensor, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    def log_prob(
+        self,
+        k: Tensor,
+        context: Tensor | None = None,
+        solve: Solve | None = None,
+        *,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """A stochastic lower bound of the log-probability, in nats.
 
         Args:
             k: whole numbers, shape ``(n, *event_shape)``.
+            context, solve: as in :meth:`cnfkit.Flow.log_prob`.
             draws: :math:`m`, how many dequantised points each bound rests on.
             generator: where the noise comes from.
 
@@ -109,10 +125,10 @@ class Dequantised(nn.Module):
         weights = []
         for _ in range(draws):
             y, log_q = self.dequantiser(k, generator)
-            weights.append(self.flow.log_prob(y) - log_q)
+            weights.append(self.flow.log_prob(y, context, solve) - log_q)
         return torch.logsumexp(torch.stack(weights), 0) - math.log(draws)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Whole numbers, shape ``(n, *event_shape)``."""
+        """Whole numbers, shape ``(n, *event_shape)``; points outside the cube go to the nearest level."""
         return self.dequantiser.quantise(self.flow.sample(n, generator=generator))

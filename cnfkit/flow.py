@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cnfkit.bases import Base
-from cnfkit.bijections.base import Bijection, Result, check_points
+from cnfkit.bases import Base, as_batch
+from cnfkit.bijections.base import Bijection, Result, check_context, check_points, concrete
 from cnfkit.ode.solve import Solve
 
 
@@ -17,15 +17,15 @@ class Flow(nn.Module):
 
     .. math:: \log p_X(x) = \log p_Z(f(x)) + \log \left| \det \frac{\partial f}{\partial x} \right|
 
-    The interface is that of ``torch.distributions``. Source: Rezende and Mohamed, *Variational inference with
-    normalizing flows*, equation 5, in the direction from data to latent.
+    Shapes are those of ``torch.distributions``; noise comes from the caller's generator. Source: Rezende and Mohamed,
+    *Variational inference with normalizing flows*, equation 5, in the direction from data to latent.
 
     Args:
         base: the distribution of :math:`z`.
         bijection: :math:`f`.
 
     Raises:
-        TypeError: if an argument is of another kind.
+        TypeError: if an argument is of another kind, or the two differ in dtype or device.
         ValueError: if the bijection does not end in the shape of the base.
 
     >>> flow = Flow(Normal(2), Diagonal(2, log_scale=math.log(2.0)))
@@ -47,6 +47,19 @@ class Flow(nn.Module):
             )
         self.base = base
         self.bijection = bijection
+        self._require_one_kind()
+
+    def _require_one_kind(self) -> None:
+        """Raise unless all floating-point parameters and buffers share their dtype and device."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+        for name, tensor in floating:
+            first, like = floating[0]
+            if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+                raise TypeError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, but {first} is {like.dtype} on {like.device}; "
+                    "convert one of them with .to(...)"
+                )
 
     @property
     def event_shape(self) -> torch.Size:
@@ -55,7 +68,7 @@ class Flow(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Result:
         """Data to latent, with log-determinant, penalties and statistics; see :class:`cnfkit.Bijection`."""
         check_points("Flow", "x", x, self.event_shape, self.base.like)
-        if not (finite := x.isfinite()).all():
+        if concrete(x) and not (finite := x.isfinite()).all():
             raise ValueError(
                 f"Flow: {int((~finite).sum())} of {x.numel()} entries of x are NaN or infinite; "
                 "clean the data before asking for their density"
@@ -89,15 +102,20 @@ class Flow(nn.Module):
         """Points and their log-density from one pass, both differentiable in the parameters.
 
         Args:
-            n: how many points, a number or a batch shape.
-            context: what the density is conditioned on, of batch shape ``n``.
+            n: how many points, a number or a batch shape; with a context, how many for each of its rows.
+            context: what the density is conditioned on, shape ``(*rows, features)``.
             solve: how to solve an ODE, if the flow holds one.
             generator: where the base's noise comes from.
 
         Returns:
-            Points of shape ``(*n, *event_shape)`` and log-densities of shape ``(*n)``.
+            Points of shape ``(*n, *rows, *event_shape)`` and log-densities of shape ``(*n, *rows)``.
         """
-        z = self.base.sample(n, generator)
+        batch = as_batch(n)
+        if context is not None:
+            check_context("Flow", context, context.shape[:-1] if isinstance(context, Tensor) else (), self.base.like)
+            context = context.expand(*batch, *context.shape)
+            batch = context.shape[:-1]
+        z = self.base.sample(batch, generator)
         result = self.bijection.inverse(z, context, solve)
         return result.value, self.base.log_prob(z) - result.logdet
 

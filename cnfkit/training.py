@@ -74,7 +74,8 @@ def fit(
         ValueError: if an argument is out of range, the data are empty or hold NaN, or the checkpoint is a folder, or of
             a run with other settings.
         CheckpointError: if the checkpoint is damaged or of another model.
-        FloatingPointError: if the loss is not finite; it says at which step, and what to try.
+        FloatingPointError: if the loss is not finite; it says at which step, and what to try. The model has the weights
+            that did best so far.
 
     >>> flow = Flow(Normal(1), Diagonal(1))
     >>> points = 3 + 2 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
@@ -95,6 +96,9 @@ def fit(
         except KeyboardInterrupt:
             if run.whole:
                 run.save()
+            raise
+        except FloatingPointError:
+            run.keep_best()
             raise
     run.keep_best()
     return run.history
@@ -124,10 +128,10 @@ class _Run:
         if not parameters:
             raise ValueError("loss has no parameters to train")
         device = parameters[0].device
-        train, held_out = _split(data, validation, seed)
+        train, held_out = (part.detach() for part in _split(data, validation, seed))
         self.loss, self.train, self.held_out = loss, train.to(device), held_out.to(device)
         self.batch, self.lr, self.steps, self.seed = min(batch, len(train)), lr, steps, seed
-        self.every = max(steps // records, 1)
+        self.records = records
         self.checkpoint = checkpoint
         self.settings = {"steps": steps, "batch": self.batch, "lr": lr, "seed": seed, "records": records}
         if checkpoint is not None:
@@ -145,10 +149,12 @@ class _Run:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         loss, _ = self.loss(self.next_batch(), generator=_generator(self.seed, "noise", self.step))
         if not loss.isfinite():
-            saved = f"; the weights of step {self.history.steps[-1]} are in {self.checkpoint}" if self.saved() else ""
+            best = f"the model has the weights of step {self.history.best_step}, its best" if self.best else ""
+            saved = f"those of step {self.history.steps[-1]} are in {self.checkpoint}" if self.saved() else ""
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step} of {self.steps} (learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.2g}); try a smaller lr, or standardise the data{saved}"
+                f"{self.optimizer.param_groups[0]['lr']:.2g}); try a smaller lr, or standardise the data"
+                + "".join(f"; {part}" for part in (best, saved) if part)
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -156,7 +162,7 @@ class _Run:
         self.optimizer.step()
         self.recent += loss.detach()
         self.step += 1
-        if self.step % self.every == 0 or self.step == self.steps:
+        if self.step * self.records // self.steps > (self.step - 1) * self.records // self.steps:
             self.record()
         self.whole = True
 
@@ -209,17 +215,17 @@ class _Run:
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         for k, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{k}/{name}": value for name, value in state.items()}
-        facts = {"step": self.step, "settings": self.settings, "history": asdict(self.history)}
-        files.write(self.checkpoint, tensors, facts)
+        about = {"step": self.step, "settings": self.settings, "history": asdict(self.history)}
+        files.write(self.checkpoint, tensors, about | {"model": files.describe(self.loss)})
 
     def resume(self) -> None:
-        tensors, facts = files.read(self.checkpoint)
-        if not {"step", "settings", "history"} <= facts.keys():
+        tensors, about = files.read(self.checkpoint)
+        if "settings" not in about:
             raise files.CheckpointError(f"{self.checkpoint} holds weights, but no training run to resume")
         for name, value in self.settings.items():
-            if facts["settings"][name] != value:
+            if (came := about["settings"].get(name)) != value:
                 raise ValueError(
-                    f"{self.checkpoint} is of a run with {name}={facts['settings'][name]!r}, this one has {value!r}; "
+                    f"{self.checkpoint} is of a run with {name}={came!r}, this one has {value!r}; "
                     "use the same settings, or another file"
                 )
         part = {kind: {} for kind in ("model", "best", "optimizer")}
@@ -227,13 +233,13 @@ class _Run:
             if "/" in name:
                 kind, rest = name.split("/", 1)
                 part[kind][rest] = value
-        files.fill(self.loss, part["model"], self.checkpoint)
+        files.fill(self.loss, part["model"], about["model"], self.checkpoint)
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in part["optimizer"].items():
             k, key = name.split("/")
             state.setdefault(int(k), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step, self.history, self.best = facts["step"], History(**facts["history"]), part["best"]
+        self.step, self.history, self.best = about["step"], History(**about["history"]), part["best"]
         self.best_loss = min((v for v in self.history.validation if not math.isnan(v)), default=math.inf)
         self.recent = tensors["recent"].to(self.recent)
 
@@ -254,6 +260,8 @@ def _split(data: Tensor, validation: float | Tensor, seed: int) -> tuple[Tensor,
     if not isinstance(validation, int | float) or not 0 <= validation < 1:
         raise ValueError(f"validation is {validation!r}; wanted a fraction in [0, 1), or held-out points")
     held_out = int(len(data) * validation)
+    if validation and not held_out:
+        raise ValueError(f"validation is {validation!r} of {len(data)} points, none; wanted 0, or more of them")
     order = torch.randperm(len(data), generator=_generator(seed, "split", 0))
     return data[order[held_out:].to(data.device)], data[order[:held_out].to(data.device)]
 

@@ -11,6 +11,7 @@ import torch
 from builders import redrawn
 from torch import nn
 
+import cnfkit as ck
 from cnfkit import CheckpointError, load, save
 
 FACTS = {"seed": 0, "command": "python -m …", "nll": 1.25, "history": [1.5, 0.1 + 0.2]}
@@ -53,7 +54,7 @@ def test_other_programs_can_read_it(path):
     save(path, model(), seed=1)
     assert equal(safetensors.torch.load_file(path), state(model()))
     with safetensors.safe_open(path, framework="pt") as file:
-        assert json.loads(file.metadata()["cnfkit"]) == {"seed": 1}
+        assert json.loads(file.metadata()["cnfkit"]) == {"facts": {"seed": 1}, "model": []}
 
 
 def test_same_weights_same_bytes(tmp_path):
@@ -133,7 +134,7 @@ def test_foreign(path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: model(width=4), r"0.weight has shape \(3, 2\), wanted \(4, 2\).*; and 3 more"),
+        (lambda: model(width=4), r"0.weight is \(3, 2\) float32, wanted \(4, 2\) float32; .*; and 3 more"),
         (lambda: model()[:1], "1.bias is not of this model; .*; and 2 more"),
         (lambda: nn.Sequential(*model(), nn.Linear(3, 1)), "2.weight is missing; 2.bias is missing$"),
     ],
@@ -180,3 +181,27 @@ def test_facts_that_json_cannot_hold_leave_the_old_file(path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         save(path, model(1), weights=torch.zeros(2))
     assert os.listdir(path.parent) == [path.name] and load(path, model(1)) == {"seed": 0}
+
+
+def test_settings_that_no_shape_shows_are_compared(path):
+    """The same weights under another bound are another density."""
+
+    def coupling(bound):
+        return ck.AffineCoupling(ck.mask("even", 2), ck.MLP(2, 4), bound=bound)
+
+    save(path, coupling(2.0))
+    with pytest.raises(CheckpointError, match=r"bound=2.0\) where this one has AffineCoupling\(\(2,\), bound=5.0\)"):
+        load(path, coupling(5.0))
+
+
+def test_float64_weights_are_not_rounded_in_silence(path):
+    save(path, model().double())
+    with pytest.raises(CheckpointError, match=r"float64, wanted .* float32"):
+        load(path, model())
+
+
+def test_a_training_run_says_what_it_is(path):
+    flow = ck.Flow(ck.Normal(1), ck.Diagonal(1))
+    ck.fit(ck.NegativeLogLikelihood(flow), torch.randn(20, 1), steps=2, checkpoint=path)
+    with pytest.raises(CheckpointError, match="is a training run; resume it with fit"):
+        load(path, flow)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -30,12 +31,16 @@ from cnfkit import (
     mask,
 )
 
-FORM = "broken promises about shapes and dtypes"
+DTYPE = "results in another dtype than the input's"
 INPUT = "the input is left as it was"
 BATCH = "a point's result does not depend on its batch or on earlier calls"
 INVERSE = "the inverse undoes the map"
 CANCEL = "both log-determinants cancel"
 JACOBIAN = "the log-determinant is that of autograd's Jacobian"
+INVERSE_JACOBIAN = "the inverse's Jacobian is the inverse Jacobian"
+LOGDET_GRADIENT = "the log-determinant's gradient in the parameters is the Jacobian's"
+INVERSE_GRADIENT = "the inverse's gradient in the parameters cancels the map's"
+PRECISION = "its own precision agrees with float64"
 SAMPLING = "sampling reports the log-density of its samples"
 MASS = "the density integrates to 1"
 SAMPLES = "samples fall where the density says"
@@ -96,6 +101,41 @@ class InverseLogdetOfTheMap(Coupling):
 class InverseLogdetDropped(Coupling):
     def back(self, result):
         return Result(result.value, 0 * result.logdet)
+
+
+class DetachedLogdet(Coupling):
+    def there(self, result):
+        return Result(result.value, result.logdet.detach())
+
+    back = there
+
+
+class InverseWithoutGradients(Coupling):
+    def back(self, result):
+        return Result(result.value.detach(), result.logdet)
+
+
+class InverseForgetsItsParameters(Coupling):
+    """What a hand-written backward is that knows the points' gradient alone."""
+
+    def _inverse(self, z, context, solve):
+        frozen = {name: tensor.detach() for name, tensor in self.net.named_parameters()}
+        raw_scale, shift = torch.func.functional_call(self.net, frozen, z * self.kept).chunk(2, -1)
+        scale = self.bound * torch.tanh(raw_scale / self.bound) * (1 - self.kept)
+        return Result((z - shift * (1 - self.kept)) * (-scale).exp(), -scale.sum(-1))
+
+
+class OverflowsInFloat32(Elementwise):
+    """Right on paper, and in float64: the exponential of a large number, and its logarithm."""
+
+    def function(self, x):
+        return torch.log(torch.exp(x + 100)) - 100
+
+    def inverse_function(self, z):
+        return z
+
+    def log_derivative(self, x, z):
+        return torch.zeros_like(x)
 
 
 class InverseSlightlyOff(Coupling):
@@ -313,23 +353,31 @@ MUTANTS = {
     OtherMaskInTheInverse: INVERSE,
     lambda: Fold(2): INVERSE,
     Projection: INVERSE,
-    LogdetOfThePreviousCall: BATCH,
-    LogdetCachedFromTheMap: BATCH,
     BatchNorm: BATCH,
     Dropout: BATCH,
-    OneBatchDimensionOnly: BATCH,
-    FlattensItsBatch: BATCH,
     LogdetCachedPerBatchSize: BATCH,
     NotANumber: BATCH,
     WritesIntoItsInput: INPUT,
     InverseWritesIntoItsInput: INPUT,
-    LogdetOfAnotherShape: FORM,
-    LogdetSummedOverTheBatch: FORM,
-    lambda: LogdetPerCoordinate(2): FORM,
-    ValueOfAnotherShape: FORM,
-    InverseOfAnotherShape: FORM,
-    AlwaysFloat32: FORM,
-    LogdetAlwaysFloat64: FORM,
+    AlwaysFloat32: DTYPE,
+    LogdetAlwaysFloat64: DTYPE,
+    DetachedLogdet: LOGDET_GRADIENT,
+    InverseWithoutGradients: INVERSE_JACOBIAN,
+    InverseForgetsItsParameters: INVERSE_GRADIENT,
+    lambda: OverflowsInFloat32(2): PRECISION,
+}
+
+# What a map need not even be in the contract for: a result of the wrong shape is refused at the call.
+MISSHAPEN = {
+    LogdetOfThePreviousCall: "a logdet of shape (4,); wanted ()",
+    LogdetCachedFromTheMap: "a logdet of shape (1, 4); wanted ()",
+    OneBatchDimensionOnly: "a logdet of shape (1,); wanted ()",
+    FlattensItsBatch: "a logdet of shape (4,); wanted (1, 4)",
+    LogdetOfAnotherShape: "a logdet of shape (4, 1); wanted (4,)",
+    LogdetSummedOverTheBatch: "a logdet of shape (); wanted (4,)",
+    lambda: LogdetPerCoordinate(2): "a logdet of shape (4, 2); wanted (4,)",
+    ValueOfAnotherShape: "a value of shape (4, 1); wanted (4, 2)",
+    InverseOfAnotherShape: "a value of shape (4, 1); wanted (4, 2)",
 }
 
 
@@ -359,11 +407,18 @@ def test_contract_catches_a_broken_member_of_a_chain(mutant):
     assert str(failed.value).startswith(f"✗ {MUTANTS[mutant]}: measured ")
 
 
+@pytest.mark.parametrize("mutant", MISSHAPEN, ids=name_of)
+def test_results_of_the_wrong_shape_are_refused(mutant):
+    bijection = mutant()
+    with pytest.raises(ValueError, match=re.escape(f"{type(bijection).__name__} returned {MISSHAPEN[mutant]}")):
+        bijection_contract(bijection, torch.randn(4, *bijection.event_shape, generator=seeded()))
+
+
 def test_contract_stops_at_the_first_broken_promise_and_shows_those_that_hold(capsys):
     with pytest.raises(CheckFailed, match=CANCEL):
         bijection_contract(InverseLogdetDropped(), torch.randn(4, 2, generator=seeded()))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"✓ {claim}" for claim in (FORM, INPUT, BATCH, INVERSE)]
+    assert [line.split(":")[0] for line in lines] == [f"✓ {claim}" for claim in (DTYPE, INPUT, BATCH, INVERSE)]
 
 
 def test_contract_leaves_the_bijection_as_it_was():
@@ -413,26 +468,26 @@ class Unnormalised(Normal):
     """A base whose density was written without its constant."""
 
     def _log_prob(self, z):
-        return -0.5 * z.square()
+        return -0.5 * z.square().sum(-1)
 
 
 class Cooler(Normal):
     """A base that is sampled at temperature 0.8: prettier pictures, another distribution."""
 
-    def _fill(self, noise, generator):
-        return 0.8 * super()._fill(noise, generator)
+    def _sample(self, *args, **options):
+        return 0.8 * super()._sample(*args, **options)
 
 
 class Shifted(Normal):
-    def _fill(self, noise, generator):
-        return super()._fill(noise, generator) + 0.1
+    def _sample(self, *args, **options):
+        return super()._sample(*args, **options) + 0.1
 
 
 class HalfTheLine(Normal):
     """Samples of one sign only, with the density of both."""
 
-    def _fill(self, noise, generator):
-        return super()._fill(noise, generator).abs()
+    def _sample(self, *args, **options):
+        return super()._sample(*args, **options).abs()
 
 
 class SamplesWithTheWrongSign(Flow):

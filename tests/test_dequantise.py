@@ -122,3 +122,15 @@ def test_loss_units(unit, expected):
     value, terms = loss(torch.ones(3, 2))
     assert value.item() == terms["nll"].item() == pytest.approx(expected)
     assert value.requires_grad and not terms["nll"].requires_grad
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+def test_the_most_extreme_draws_stay_in_their_cell(monkeypatch, levels, extreme):
+    """A draw of exactly 0 would be black beyond what a logit takes; rounding could carry one into the next cell."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, extreme))
+    k = torch.arange(levels)[None]
+    dequantiser = UniformDequantiser(levels)
+    y, _ = dequantiser(k)
+    assert torch.equal(dequantiser.quantise(y), k)
+    assert (0 < y).all() and (y < 1).all()

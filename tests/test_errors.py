@@ -290,12 +290,14 @@ TABLE = {
         lambda: fit(torch.zeros(0, 2)), V, "data has shape (0, 2); wanted (n, *event_shape) with n at least 1"
     ),
     "data with NaN": Bad(lambda: fit(NAN), V, "data: 1 of 2 points hold NaN or infinite entries"),
-    "data of another width": Bad(lambda: fit(torch.zeros(9, 3)), V, "x has shape (9, 3); wanted (*batch, 2)"),
+    "data of another width": Bad(
+        lambda: fit(torch.zeros(9, 3), validation=0), V, "x has shape (9, 3); wanted (*batch, 2)"
+    ),
     "data of another dtype": Bad(
-        lambda: fit(torch.randn(9, 2).double()), T, "x has dtype torch.float64, but the parameters are"
+        lambda: fit(torch.randn(9, 2).double(), validation=0), T, "x has dtype torch.float64, but the parameters are"
     ),
     "whole numbers to a flow": Bad(
-        lambda: fit(torch.ones(9, 2).long()), T, "x has dtype torch.int64; wanted floating point"
+        lambda: fit(torch.ones(9, 2).long(), validation=0), T, "x has dtype torch.int64; wanted floating point"
     ),
     "no steps": Bad(lambda: fit(steps=0), V, "steps is 0; wanted a whole number of at least 1"),
     "half a batch": Bad(lambda: fit(batch=0.5), V, "batch is 0.5; wanted a whole number of at least 1"),
@@ -310,6 +312,9 @@ TABLE = {
     "held-out points with NaN": Bad(lambda: fit(validation=NAN), V, "validation: 1 of 2 points hold NaN"),
     "held-out points of another width": Bad(
         lambda: fit(validation=torch.zeros(3, 5)), V, "validation has points of shape (5,); data of (2,)"
+    ),
+    "a fraction of nothing": Bad(
+        lambda: fit(torch.zeros(9, 2)), V, "validation is 0.1 of 9 points, none; wanted 0, or more of them"
     ),
     "a folder for a checkpoint": Bad(lambda: fit(checkpoint="."), V, "checkpoint is '.', a folder; wanted a file"),
     # how to solve

@@ -17,13 +17,17 @@ from cnfkit import (
     ActNorm,
     Affine,
     Arcsinh,
+    Bijection,
     Chain,
     Dequantised,
     Diagonal,
     Flow,
     Logit,
+    Multiscale,
     NegativeLogLikelihood,
     Normal,
+    Result,
+    Squeeze,
     Standardize,
     Uniform,
     UniformDequantiser,
@@ -68,7 +72,7 @@ def test_affine_flow_is_the_multivariate_normal(d, seed):
     generator = seeded(seed)
     a = torch.randn(d, d, generator=generator, dtype=torch.float64) + 3 * torch.eye(d, dtype=torch.float64)
     b, x = torch.randn(d, generator=generator).double(), torch.randn(7, d, generator=generator).double()
-    flow = Flow(Normal(d), Affine(a, b)).double()
+    flow = Flow(Normal(d).double(), Affine(a, b))
     inverse = torch.linalg.inv(a)
     mean, covariance = -inverse @ b, inverse @ inverse.T
     measured = flow.log_prob(x).detach()
@@ -89,8 +93,8 @@ def test_cube_scaled_by_two_has_density_one_eighth():
 def test_standardised_flow_speaks_in_the_units_of_the_data():
     """Micrometres or metres: the density changes by exactly the unit, the flow does not."""
     x = torch.randn(50, 2, generator=seeded(), dtype=torch.float64)
-    metres = Flow(Normal(2), Standardize.of(x)).double()
-    micrometres = Flow(Normal(2), Standardize.of(1e6 * x)).double()
+    metres = Flow(Normal(2).double(), Standardize.of(x))
+    micrometres = Flow(Normal(2).double(), Standardize.of(1e6 * x))
     torch.testing.assert_close(micrometres.log_prob(1e6 * x) + 2 * math.log(1e6), metres.log_prob(x))
 
 
@@ -153,7 +157,7 @@ def test_rsample_has_gradients_and_sample_has_none(name):
 
 def test_gradient_of_rsample_is_that_of_finite_differences():
     """What a VAE's posterior rests on: d E[x²] / ds for x = e⁻ˢ z."""
-    flow = Flow(Normal(1), Diagonal(1, log_scale=torch.tensor(0.3, dtype=torch.float64))).double()
+    flow = Flow(Normal(1).double(), Diagonal(1, log_scale=torch.tensor(0.3, dtype=torch.float64)))
 
     def moment():
         return flow.rsample(1000, generator=seeded()).square().mean()
@@ -262,3 +266,67 @@ def test_repr_shows_base_and_map():
         "  (bijection): Arcsinh((2,))",
         ")",
     ]
+
+
+class Towards(Bijection):
+    """Moves points to where the context says: the smallest conditional map."""
+
+    takes_context = True
+
+    def _forward(self, x, context, solve):
+        return Result(x - context, x.new_zeros(x.shape[:-1]))
+
+    def _inverse(self, z, context, solve):
+        return Result(z + context, z.new_zeros(z.shape[:-1]))
+
+
+def test_each_row_of_a_context_gets_its_own_samples():
+    flow, context = Flow(Normal(2), Towards(2)), 100.0 * torch.arange(5)[:, None].expand(5, 2)
+    one = flow.sample(context=context, generator=seeded())
+    many, log_prob = flow.sample_and_log_prob((3, 4), context, generator=seeded())
+    assert one.shape == (5, 2) and many.shape == (3, 4, 5, 2) and log_prob.shape == (3, 4, 5)
+    assert ((many - context).abs() < 6).all()
+    assert len((one - context).flatten().unique()) == 10, "the same noise for every row"
+    torch.testing.assert_close(flow.log_prob(one, context), Normal(2).log_prob(one - context))
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "message"),
+    [
+        (None, ValueError, "context is missing"),
+        (torch.zeros(4, 2), ValueError, r"context has shape \(4, 2\); wanted \(5, 'features'\)"),
+        (torch.zeros(5, 2).double(), TypeError, "context has dtype torch.float64"),
+        ([0.0, 0.0], TypeError, "context is a list"),
+    ],
+)
+def test_contexts_that_do_not_fit_are_refused(context, error, message):
+    with pytest.raises(error, match=message):
+        Flow(Normal(2), Chain(Towards(2), Diagonal(2, log_scale=1.0))).log_prob(torch.zeros(5, 2), context)
+
+
+def test_a_flow_is_of_one_dtype():
+    with pytest.raises(TypeError, match=r"bijection.mean is torch.float64 on cpu, but base.like is torch.float32"):
+        Flow(Normal(2), Standardize(torch.zeros(2).double(), torch.ones(2).double()))
+
+
+def test_a_slice_of_a_chain_is_a_chain():
+    chain, x = two_moons_flow().bijection, torch.randn(3, 2, generator=seeded())
+    torch.testing.assert_close(chain[2:](chain[:2](x).value).value, chain(x).value)
+
+
+def test_densities_can_be_traced_and_mapped():
+    """Looking at values would break the graph, so it is left out there."""
+    flow, x = two_moons_flow(), torch.randn(4, 2, generator=seeded())
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), flow.log_prob(x))
+    torch.testing.assert_close(torch.func.vmap(flow.log_prob)(x), flow.log_prob(x))
+    assert copy.deepcopy(flow).to("meta").log_prob(x.to("meta")).shape == (4,)
+
+
+def test_initialize_reaches_every_layer_and_starts_it_from_its_own_input():
+    stage = Chain(ActNorm((1, 4, 4)), Squeeze((1, 4, 4)), ActNorm((4, 2, 2)))
+    bijection = Multiscale(stage, ActNorm((2, 2, 2)))
+    bijection.initialize(3 + 2 * torch.randn(500, 1, 4, 4, generator=seeded()))
+    z = bijection(3 + 2 * torch.randn(500, 1, 4, 4, generator=seeded())).value
+    torch.testing.assert_close(z.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std(correction=0), torch.tensor(1.0), atol=1e-5, rtol=0)

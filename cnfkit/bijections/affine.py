@@ -54,7 +54,9 @@ class Affine(Bijection):
         return Result(x @ self.matrix.T + self.shift, self._logdet(x))
 
     def _inverse(self, z, context, solve):
-        x = torch.linalg.solve(self.matrix, (z - self.shift).unsqueeze(-1)).squeeze(-1)
+        # one factorisation for all points: they are the columns of one right-hand side
+        columns = (z - self.shift).reshape(-1, len(self.matrix)).mT
+        x = torch.linalg.solve(self.matrix, columns).mT.reshape(z.shape)
         return Result(x, -self._logdet(z))
 
     def _logdet(self, points: Tensor) -> Tensor:
@@ -81,8 +83,10 @@ class Diagonal(Bijection):
 
     def __init__(self, event_shape, log_scale: float | Tensor = 0.0, shift: float | Tensor = 0.0) -> None:
         super().__init__(event_shape)
+        tensors = [value for value in (log_scale, shift) if isinstance(value, Tensor) and value.is_floating_point()]
+        like = tensors[0] if tensors else torch.empty(())
         for name, value in (("log_scale", log_scale), ("shift", shift)):
-            value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value).to(like)
             check_parameter(name, value)
             try:
                 value.expand(self.event_shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnfkit.ode.solve import Solve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class Result:
     """What one pass through a bijection gives.
 
@@ -86,12 +86,36 @@ class Bijection(nn.Module, ABC):
             A :class:`Result` whose value has shape ``(*batch, *latent_shape)``.
         """
         self._check("x", x, self.event_shape, context)
-        return self._forward(x, context, solve)
+        return self._checked(self._forward(x, context, solve), x, self.event_shape, self.latent_shape)
 
     def inverse(self, z: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Result:
         """Latent to data: :math:`x = f^{-1}(z)`; arguments and result as in :meth:`forward`, shapes exchanged."""
         self._check("z", z, self.latent_shape, context)
-        return self._inverse(z, context, solve)
+        return self._checked(self._inverse(z, context, solve), z, self.latent_shape, self.event_shape)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Send data through once, forward, and let every layer that starts from data start from what reaches it.
+
+        Args:
+            x: points, shape ``(n, *event_shape)``.
+            context: as in :meth:`forward`.
+
+        Raises:
+            ValueError: if ``x`` has the wrong shape or holds NaN, or a layer cannot start from what reaches it.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Bijection)]
+        hooks = [
+            layer.register_forward_pre_hook(lambda layer, inputs: layer._start_from(inputs[0])) for layer in layers
+        ]
+        try:
+            with torch.no_grad():
+                self(x, context)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _start_from(self, x: Tensor) -> None:
+        """Set what is set from data; most maps have nothing of the kind."""
 
     @abstractmethod
     def _forward(self, x: Tensor, context: Tensor | None, solve: Solve | None) -> Result: ...
@@ -103,8 +127,24 @@ class Bijection(nn.Module, ABC):
         tensors = chain(self.parameters(), self.buffers())  # a Standardize, say, has buffers alone
         like = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
         check_points(type(self).__name__, name, value, shape, like)
-        if context is not None and not self.takes_context:
+        if self.takes_context:
+            check_context(type(self).__name__, context, value.shape[: value.dim() - len(shape)], like)
+        elif context is not None:
             raise ValueError(f"{type(self).__name__}: context was given, but this map takes none")
+
+    def _checked(self, result: Result, value: Tensor, before: torch.Size, after: torch.Size) -> Result:
+        """The result, if it is one: a log-determinant of the wrong shape would broadcast, and train in silence."""
+        if not isinstance(result, Result):
+            raise TypeError(f"{type(self).__name__} returned a {type(result).__name__}; wanted a Result")
+        batch = value.shape[: value.dim() - len(before)]
+        parts = {"value": (result.value, batch + after), "logdet": (result.logdet, batch)}
+        parts |= {f"penalty {name!r}": (penalty, batch) for name, penalty in result.penalties.items()}
+        for name, (part, wanted) in parts.items():
+            if part.shape != wanted:
+                raise ValueError(
+                    f"{type(self).__name__} returned a {name} of shape {tuple(part.shape)}; wanted {tuple(wanted)}"
+                )
+        return result
 
     def extra_repr(self) -> str:
         arrow = "" if self.latent_shape == self.event_shape else f" -> {tuple(self.latent_shape)}"
@@ -162,8 +202,8 @@ class Chain(Bijection):
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, k: int) -> Bijection:
-        return self.members[k]
+    def __getitem__(self, k: int | slice) -> Bijection:
+        return Chain(*self.members[k]) if isinstance(k, slice) else self.members[k]
 
 
 class Inverse(Bijection):
@@ -237,6 +277,27 @@ def check_points(owner: str, name: str, value: Tensor, shape: torch.Size, like: 
         raise TypeError(
             f"{owner}: {name} is on {value.device}, but the parameters are on {like.device}; move one to the other"
         )
+
+
+def check_context(owner: str, context: Tensor | None, batch: torch.Size, like: Tensor | None) -> None:
+    """Raise unless ``context`` is there, ``(*batch, features)``, with the dtype and device of ``like``."""
+    if context is None:
+        raise ValueError(f"{owner}: context is missing; this map is conditioned on one")
+    if not isinstance(context, Tensor):
+        raise TypeError(f"{owner}: context is a {type(context).__name__}; wanted a torch.Tensor")
+    if context.shape[:-1] != batch or not context.dim():
+        raise ValueError(f"{owner}: context has shape {tuple(context.shape)}; wanted {(*batch, 'features')}")
+    check_points(owner, "context", context, context.shape[-1:], like)
+
+
+def concrete(value: Tensor) -> bool:
+    """Whether a branch may look at the values: not while a graph is traced, mapped or captured, nor on meta tensors."""
+    return not (
+        value.device.type == "meta"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(value)
+        or (value.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def sum_event(value: Tensor, event_shape: torch.Size) -> Tensor:

@@ -45,18 +45,23 @@ class AffineCoupling(Bijection):
         if not 0 < bound < math.inf:
             raise ValueError(f"bound is {bound!r}; wanted a positive number")
         super().__init__(mask.shape)
-        self.register_buffer("mask", mask.clone())
+        self.register_buffer("kept", mask.to(torch.get_default_dtype()))  # a product is cheaper than a choice
         self.net = net
         self.bound = bound
+
+    @property
+    def mask(self) -> Tensor:
+        """:math:`m`, boolean, shape ``event_shape``."""
+        return self.kept.bool()
 
     def scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The log-scale and shift that the kept part decides; both are zero on the kept part itself."""
         raw_scale, shift = self._ask_net(kept)
-        scale = self.bound * torch.tanh(raw_scale / self.bound)
-        return scale.masked_fill(self.mask, 0), shift.masked_fill(self.mask, 0)
+        changed = 1 - self.kept
+        return self.bound * torch.tanh(raw_scale * (changed / self.bound)), shift * changed
 
     def _ask_net(self, kept: Tensor) -> tuple[Tensor, ...]:
-        answer = self.net(kept)
+        answer = self.net(kept).to(kept.dtype)  # under autocast the net answers in half precision
         channels, *rest = self.event_shape
         wanted = (*kept.shape[: -len(self.event_shape)], self.outputs * channels, *rest)
         if answer.shape != wanted:
@@ -64,13 +69,16 @@ class AffineCoupling(Bijection):
         return answer.chunk(self.outputs, dim=-len(self.event_shape))
 
     def _forward(self, x, context, solve):
-        scale, shift = self.scale_and_shift(x.masked_fill(~self.mask, 0))
+        scale, shift = self.scale_and_shift(x * self.kept)
         return Result(x * scale.exp() + shift, sum_event(scale, self.event_shape))
 
     def _inverse(self, z, context, solve):
         # the kept part of z is that of x, so the same scale and shift are at hand
-        scale, shift = self.scale_and_shift(z.masked_fill(~self.mask, 0))
+        scale, shift = self.scale_and_shift(z * self.kept)
         return Result((z - shift) * (-scale).exp(), -sum_event(scale, self.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bound={self.bound}"
 
 
 class AdditiveCoupling(AffineCoupling):
@@ -97,6 +105,10 @@ class AdditiveCoupling(AffineCoupling):
     def __init__(self, mask: Tensor, net: nn.Module) -> None:
         super().__init__(mask, net)
 
-    def scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        (shift,) = self._ask_net(kept)
-        return torch.zeros_like(shift), shift.masked_fill(self.mask, 0)
+    def _forward(self, x, context, solve):
+        (shift,) = self._ask_net(x * self.kept)
+        return Result(x + shift * (1 - self.kept), x.new_zeros(x.shape[: -len(self.event_shape)]))
+
+    def _inverse(self, z, context, solve):
+        (shift,) = self._ask_net(z * self.kept)
+        return Result(z - shift * (1 - self.kept), z.new_zeros(z.shape[: -len(self.event_shape)]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnfkit.bijections.base import Bijection, Result, sum_event
+from cnfkit.bijections.base import Bijection, Result, concrete, sum_event
 
 
 class Elementwise(Bijection):
@@ -91,7 +91,7 @@ class Logit(Elementwise):
     def _forward(self, x, context, solve):
         s = self.alpha + (1 - 2 * self.alpha) * x
         inside = (s > 0) & (s < 1)
-        if not inside.all():
+        if concrete(x) and not inside.all():
             margin = self.alpha / (1 - 2 * self.alpha)
             raise ValueError(
                 f"Logit: {int((~inside).sum())} of {x.numel()} entries of x lie outside "
@@ -103,11 +103,14 @@ class Logit(Elementwise):
         return torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
 
     def inverse_function(self, z: Tensor) -> Tensor:
-        return (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        # far out the sigmoid rounds to 0 or 1, which no logit leads back from
+        limits = torch.finfo(z.dtype)
+        s = torch.sigmoid(z).clamp(limits.tiny, 1 - limits.eps / 2)
+        return (s - self.alpha) / (1 - 2 * self.alpha)
 
     def log_derivative(self, x: Tensor, z: Tensor) -> Tensor:
         # −log s − log(1 − s) with s = sigmoid(z), without the cancellation in 1 − s
-        return math.log(1 - 2 * self.alpha) + F.softplus(z) + F.softplus(-z)
+        return math.log(1 - 2 * self.alpha) + 2 * F.softplus(z) - z
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"

@@ -14,7 +14,8 @@ class ActNorm(Diagonal):
 
     .. math:: z_c = e^{s_c} x_c + b_c, \qquad \log|\det \partial z / \partial x| = h w \sum_c s_c
 
-    Nothing happens behind the scenes: until :meth:`initialize` is called it is the identity.
+    Nothing happens behind the scenes: until :meth:`initialize` is called, on it or on a flow around it,
+    it is the identity.
     Source: Kingma and Dhariwal, *Glow: Generative flow with invertible 1×1 convolutions*, section 3.1.
 
     Args:
@@ -34,13 +35,7 @@ class ActNorm(Diagonal):
         super().__init__(event_shape, log_scale=zeros, shift=zeros)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set scale and shift from ``x``, shape ``(n, *event_shape)``.
-
-        Raises:
-            ValueError: if ``x`` has the wrong shape, holds NaN, or a channel of it is constant.
-        """
-        self._check("x", x, self.event_shape, None)
+    def _start_from(self, x: Tensor) -> None:
         if x.dim() == len(self.event_shape) or not x.numel():
             raise ValueError(f"x has shape {tuple(x.shape)}; wanted (n, {', '.join(map(str, self.event_shape))})")
         if not x.isfinite().all():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from cnfkit.settings import data_folder
@@ -46,6 +45,8 @@ def digits() -> Images:
     >>> images.train.shape, images.test.shape, images.levels
     (torch.Size([1438, 1, 8, 8]), torch.Size([359, 1, 8, 8]), 17)
     """
+    from sklearn.datasets import load_digits  # here, because it takes seconds to import
+
     images = torch.from_numpy(load_digits().images).to(torch.uint8).unsqueeze(1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out = len(images) // 5
