@@ -67,7 +67,7 @@ def check(
     where = f" ({equation})" if equation else ""
     if failures:
         count = f"; {failures} of {len(values)} entries fail" if len(values) > 1 else ""
-        raise CheckFailed(f"✗ {claim}: measured {worst:.6g}, wanted {written}{where}{count}")
+        raise CheckFailed(f"✗ {claim}: measured {worst:.4g}, wanted {written}{where}{count}")
     digits = 2 if kind == "below" else 4  # an error is an order of magnitude, a quantity a number
     record = {"claim": claim, "equation": equation, "measured": float(f"{worst:.4g}"), "bound": written, "kind": kind}
     _show(f"✓ {claim}: measured {worst:.{digits}g}, {written}{where}", record)

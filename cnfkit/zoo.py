@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +26,10 @@ def trained(path: str | Path, module: nn.Module, train: Callable[[], History], *
         path: the checkpoint.
         module: the module to fill, or to train and save.
         train: trains ``module`` and returns its history.
-        facts: what to save with the weights, such as the seed.
+        facts: what to save with the weights, such as the command and the seed.
 
     Returns:
-        The facts that were saved with the weights, the history among them.
+        The facts that were saved with the weights, with the history, the device, PyTorch's version and the seconds.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -38,7 +39,10 @@ def trained(path: str | Path, module: nn.Module, train: Callable[[], History], *
     sums = path.with_name("SHA256SUMS")
     listed = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.is_file() else {}
     if retrain():
-        save(path, module, history=asdict(train()), torch=torch.__version__.split("+")[0], **facts)
+        start = time.monotonic()
+        history = asdict(train())
+        where = {"device": next(module.parameters()).device.type, "torch": torch.__version__.split("+")[0]}
+        save(path, module, **facts, **where, seconds=round(time.monotonic() - start), history=history)
         listed[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         sums.write_text("".join(f"{listed[name]}  {name}\n" for name in sorted(listed)))
     elif path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != listed.get(path.name):

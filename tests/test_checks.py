@@ -29,7 +29,7 @@ FAILURES = [
     (dict(measured=0.25, below=0.1), "✗ c: measured 0.25, wanted below 0.1"),
     (dict(measured=0.1, below=0.1), "✗ c: measured 0.1, wanted below 0.1"),
     (dict(measured=1.0, above=1), "✗ c: measured 1, wanted above 1"),
-    (dict(measured=math.pi, within=(0, 3), equation="eq-pi"), "✗ c: measured 3.14159, wanted within [0, 3] (eq-pi)"),
+    (dict(measured=math.pi, within=(0, 3), equation="eq-pi"), "✗ c: measured 3.142, wanted within [0, 3] (eq-pi)"),
     (dict(measured=math.inf, below=math.inf), "✗ c: measured inf, wanted below inf"),
     (
         dict(measured=torch.tensor([1.0, 9.0, 5.0, 0.0]), below=2),

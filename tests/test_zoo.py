@@ -31,6 +31,7 @@ def test_retraining_saves_weights_facts_and_sum(tmp_path, monkeypatch):
     facts, model, calls = run(path, monkeypatch, retrain=True)
     assert calls == [1]
     assert facts["seed"] == 7 and facts["history"]["train"] == [2.0]
+    assert facts["device"] == "cpu" and facts["seconds"] == 0 and facts["torch"] == torch.__version__.split("+")[0]
     sums = dict(reversed(line.split()) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
     assert sums[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert list(sums) == ["a.safetensors", "b.safetensors"]
