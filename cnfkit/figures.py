@@ -164,11 +164,13 @@ def _control(draw: Callable[[float], Figure], values: list[float], name: str, al
     import ipywidgets
     from IPython.display import display
 
+    whole = all(value.is_integer() for value in values)  # numbers of layers, say, have nothing between
     slider = ipywidgets.FloatSlider(
         value=values[start],
         min=values[0],
         max=values[-1],
-        step=(values[-1] - values[0]) / 100,
+        step=1 if whole else (values[-1] - values[0]) / 100,
+        readout_format=".0f" if whole else ".2f",
         description=name,
         continuous_update=False,
         style={"description_width": "initial"},

@@ -297,3 +297,13 @@ def test_pictures_are_wide_enough_for_a_page(shown):
     figures.show(plt.subplots(figsize=(6, 3))[0], "Nothing")
     png = base64.b64decode(shown[0][0]["image/png"])
     assert struct.unpack(">2I", png[16:24]) == (780, 390)
+
+
+@pytest.mark.parametrize(("values", "step"), [([0, 1, 2, 3], 1.0), ([0.0, 0.5, 2.0], 0.02)])
+def test_whole_numbers_move_by_one(monkeypatch, values, step):
+    made = []
+    monkeypatch.setattr(figures, "live", lambda: True)
+    monkeypatch.setattr("IPython.display.display", made.append)
+    figures.explore(lambda value: plt.figure(), values, name="n", alt="nothing")
+    slider = made[-1].children[0]
+    assert slider.step == pytest.approx(step) and (slider.min, slider.max) == (values[0], values[-1])
