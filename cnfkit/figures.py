@@ -59,14 +59,9 @@ def show(fig: Figure, alt: str, caption: str = "") -> None:
         ValueError: if ``alt`` is empty.
     """
     _require_alt(alt)
-    data = _render(fig, "png", dpi=130)
-    if in_kernel():
-        from IPython.display import display
-
-        picture = {"image/png": base64.b64encode(data).decode(), "text/plain": alt}
-        display(picture, raw=True, metadata={"image/png": {"alt": alt}})
-        if caption:
-            display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
+    data = base64.b64encode(_render(fig, "png", dpi=130)).decode()
+    _display({"image/png": data, "text/plain": alt}, metadata={"image/png": {"alt": alt}})
+    _show_caption(caption)
 
 
 def explore(
@@ -98,14 +93,22 @@ def explore(
     if live():
         _control(draw, [float(value) for value in values], name, alt, start)
     elif in_kernel():
-        from IPython.display import display
-
         page = frames((draw(value) for value in values), [f"{value:.3g}" for value in values], name, alt, start, play)
-        display({"text/html": page, "text/plain": f"{alt} ({name}: {values[0]:.3g} to {values[-1]:.3g})"}, raw=True)
-    if caption and in_kernel():
+        _display({"text/html": page, "text/plain": f"{alt} ({name}: {values[0]:.3g} to {values[-1]:.3g})"})
+    _show_caption(caption)
+
+
+def _show_caption(caption: str) -> None:
+    if caption:
+        _display({"text/markdown": f"*{caption}*", "text/plain": caption})
+
+
+def _display(data: dict[str, str], **options) -> None:
+    """Show one output in its several forms, where there is a notebook to show it in."""
+    if in_kernel():
         from IPython.display import display
 
-        display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True)
+        display(data, raw=True, **options)
 
 
 def frames(

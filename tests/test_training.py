@@ -113,6 +113,13 @@ def test_whole_numbers_are_trained_on():
 # The record
 
 
+def assert_resumes_to(uninterrupted, path) -> None:
+    """A run taken up from a file ends in the same bits, and with the same history, as one that was never broken off."""
+    reference, expected = uninterrupted
+    resumed = Noisy()
+    assert fit(resumed, data(), checkpoint=path, **OPTIONS) == expected and same(resumed, reference)
+
+
 def test_history(uninterrupted):
     _, history = uninterrupted
     assert history.steps == [4, 8, 12, 16, 20]
@@ -256,29 +263,24 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path, uninterrupted, 
 
 
 def test_interrupted_again_and_again(tmp_path, uninterrupted):
-    reference, expected = uninterrupted
     path = tmp_path / "run.safetensors"
     for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
             fit(Noisy(at=3, do=interrupt), data(), checkpoint=path, **OPTIONS)
-    resumed = Noisy()
-    assert fit(resumed, data(), checkpoint=path, **OPTIONS) == expected and same(resumed, reference)
+    assert_resumes_to(uninterrupted, path)
 
 
 @pytest.mark.parametrize("record", [0, 2], ids=["first record", "third record"])
 def test_interrupted_while_recording(tmp_path, uninterrupted, record):
     """Between the update and its record, nothing is of one step: the record before stands."""
-    reference, expected = uninterrupted
     path = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
         fit(Noisy(at=record, do=interrupt, validating=True), data(), checkpoint=path, **OPTIONS)
     assert path.exists() == (record > 0)
-    resumed = Noisy()
-    assert fit(resumed, data(), checkpoint=path, **OPTIONS) == expected and same(resumed, reference)
+    assert_resumes_to(uninterrupted, path)
 
 
 def test_interrupted_in_the_middle_of_an_update(tmp_path, uninterrupted):
-    reference, expected = uninterrupted
     path, updates = tmp_path / "run.safetensors", []
 
     def hook(*_):
@@ -293,13 +295,11 @@ def test_interrupted_in_the_middle_of_an_update(tmp_path, uninterrupted):
     finally:
         handle.remove()
     assert files.read(path)[1]["step"] == 8
-    resumed = Noisy()
-    assert fit(resumed, data(), checkpoint=path, **OPTIONS) == expected and same(resumed, reference)
+    assert_resumes_to(uninterrupted, path)
 
 
 def test_killed_and_resumed_ends_in_the_same_bits(tmp_path, uninterrupted):
     """A real SIGKILL, which no handler sees: the file of the last record is whole."""
-    reference, expected = uninterrupted
     path = tmp_path / "run.safetensors"
     code = """
         import os, signal, sys
@@ -317,8 +317,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path, uninterrupted):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert files.read(path)[1]["step"] == 12
-    resumed = Noisy()
-    assert fit(resumed, data(), checkpoint=path, **OPTIONS) == expected and same(resumed, reference)
+    assert_resumes_to(uninterrupted, path)
 
 
 def test_a_finished_checkpoint_returns_at_once(tmp_path, uninterrupted):

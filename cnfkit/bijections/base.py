@@ -137,9 +137,9 @@ class Bijection(nn.Module, ABC):
         if not isinstance(result, Result):
             raise TypeError(f"{type(self).__name__} returned a {type(result).__name__}; wanted a Result")
         batch = value.shape[: value.dim() - len(before)]
-        parts = {"value": (result.value, batch + after), "logdet": (result.logdet, batch)}
-        parts |= {f"penalty {name!r}": (penalty, batch) for name, penalty in result.penalties.items()}
-        for name, (part, wanted) in parts.items():
+        parts = [("value", result.value, batch + after), ("logdet", result.logdet, batch)]
+        parts += [(name, penalty, batch) for name, penalty in result.penalties.items()]
+        for name, part, wanted in parts:
             if part.shape != wanted:
                 raise ValueError(
                     f"{type(self).__name__} returned a {name} of shape {tuple(part.shape)}; wanted {tuple(wanted)}"
