@@ -30,7 +30,12 @@ from cnfkit.dequantise import Dequantised, UniformDequantiser
 from cnfkit.flow import Flow
 from cnfkit.losses import NegativeLogLikelihood, bits_per_dimension
 from cnfkit.nets import MLP, ConvNet
-from cnfkit.ode import Solve
+from cnfkit.evaluation import Evaluation, evaluate, solver_error
+from cnfkit.ode.cnf import CNF
+from cnfkit.ode.fields import MLPField
+from cnfkit.ode.grids import FrozenGrid, JitteredGrid, uniform_grid
+from cnfkit.ode.solve import Solve
+from cnfkit.ode.statistics import SolveError, Statistics
 from cnfkit.settings import device, retrain, steps
 from cnfkit.training import History, fit
 from cnfkit.zoo import trained
@@ -38,6 +43,7 @@ from cnfkit.zoo import trained
 __version__ = "0.1.0"
 
 __all__ = [
+    "CNF",
     "MLP",
     "ActNorm",
     "AdditiveCoupling",
@@ -53,18 +59,24 @@ __all__ = [
     "Dequantised",
     "Diagonal",
     "Elementwise",
+    "Evaluation",
     "Flow",
+    "FrozenGrid",
     "History",
     "Images",
     "Inverse",
+    "JitteredGrid",
     "Logit",
+    "MLPField",
     "Multiscale",
     "NegativeLogLikelihood",
     "Normal",
     "Result",
     "Solve",
+    "SolveError",
     "Squeeze",
     "Standardize",
+    "Statistics",
     "ToyDensity",
     "Uniform",
     "UniformDequantiser",
@@ -73,6 +85,7 @@ __all__ = [
     "check",
     "device",
     "digits",
+    "evaluate",
     "fit",
     "flow_contract",
     "load",
@@ -80,7 +93,9 @@ __all__ = [
     "mnist",
     "retrain",
     "save",
+    "solver_error",
     "steps",
     "toy_density",
     "trained",
+    "uniform_grid",
 ]

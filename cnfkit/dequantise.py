@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnfkit.bijections.base import concrete
+from cnfkit.bijections.base import Result, concrete
 from cnfkit.flow import Flow
 from cnfkit.ode.solve import Solve
 
@@ -116,6 +116,18 @@ class Dequantised(nn.Module):
         Returns:
             Shape ``(n,)``.
         """
+        return self.log_prob_and_result(k, context, solve, draws=draws, generator=generator)[0]
+
+    def log_prob_and_result(
+        self,
+        k: Tensor,
+        context: Tensor | None = None,
+        solve: Solve | None = None,
+        *,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Result]:
+        """The bound, and what the last of the passes to the latents gave beside it; arguments as in :meth:`log_prob`."""
         if not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws is {draws!r}; wanted a whole number of at least 1")
         if not isinstance(k, Tensor):
@@ -125,10 +137,11 @@ class Dequantised(nn.Module):
         weights = []
         for _ in range(draws):
             y, log_q = self.dequantiser(k, generator)
-            weights.append(self.flow.log_prob(y, context, solve) - log_q)
-        return torch.logsumexp(torch.stack(weights), 0) - math.log(draws)
+            log_prob, result = self.flow.log_prob_and_result(y, context, solve)
+            weights.append(log_prob - log_q)
+        return torch.logsumexp(torch.stack(weights), 0) - math.log(draws), result
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None, solve: Solve | None = None) -> Tensor:
         """Whole numbers, shape ``(n, *event_shape)``; points outside the cube go to the nearest level."""
-        return self.dequantiser.quantise(self.flow.sample(n, generator=generator))
+        return self.dequantiser.quantise(self.flow.sample(n, solve=solve, generator=generator))

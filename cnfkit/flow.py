@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,19 @@ class Flow(nn.Module):
         Raises:
             TypeError, ValueError: if ``x`` has the wrong shape, dtype or device, or an entry that is not finite.
         """
+        return self.log_prob_and_result(x, context, solve)[0]
+
+    def log_prob_and_result(
+        self, x: Tensor, context: Tensor | None = None, solve: Solve | None = None
+    ) -> tuple[Tensor, Result]:
+        """The log-density, and what the pass to the latents gave beside it: penalties and statistics.
+
+        Arguments and errors as in :meth:`log_prob`.
+        """
+        if solve is not None and getattr(solve, "trace", None) == "none":
+            raise ValueError("solve has trace='none', which gives points but no density; wanted exact or hutchinson")
         result = self(x, context, solve)
-        return self.base.log_prob(result.value) + result.logdet
+        return self.base.log_prob(result.value) + result.logdet, result
 
     def rsample_and_log_prob(
         self,
@@ -119,9 +131,19 @@ class Flow(nn.Module):
         result = self.bijection.inverse(z, context, solve)
         return result.value, self.base.log_prob(z) - result.logdet
 
-    def rsample(self, *args, **kwargs) -> Tensor:
-        """Points, differentiable in the parameters; arguments as :meth:`rsample_and_log_prob`."""
-        return self.rsample_and_log_prob(*args, **kwargs)[0]
+    def rsample(
+        self,
+        n: int | Sequence[int] = (),
+        context: Tensor | None = None,
+        solve: Solve | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Points, differentiable in the parameters; arguments as :meth:`rsample_and_log_prob`.
+
+        An ODE is solved for the points alone, without the divergence of its field.
+        """
+        solve = replace(solve or Solve(), trace="none", energies=())
+        return self.rsample_and_log_prob(n, context, solve, generator)[0]
 
     @torch.no_grad()
     def sample_and_log_prob(self, *args, **kwargs) -> tuple[Tensor, Tensor]:

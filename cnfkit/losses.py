@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
+from cnfkit.ode.solve import ENERGIES, Solve
 
 
 class Loss(Protocol):
@@ -19,46 +21,96 @@ class Loss(Protocol):
 
 
 class NegativeLogLikelihood(nn.Module):
-    r"""The mean negative log-likelihood of a batch, in nats or in bits per dimension.
+    r"""The mean negative log-likelihood of a batch, in nats or in bits per dimension, and weighted penalties.
 
-    .. math:: L = -\frac1n \sum_i \log p(x_i), \qquad L_\text{bits} = \frac{L}{d \log 2}
+    .. math:: L = -\frac1n \sum_i \log p(x_i) + \sum_j \lambda_j \frac1n \sum_i R_j(x_i), \qquad
+              L_\text{bits} = -\frac{1}{n d \log 2} \sum_i \log p(x_i) + \dots
+
+    The penalties :math:`R_j` are the energies of the path of a CNF, see :class:`cnfkit.CNF`. With ``unit="bits"`` and
+    ``Solve(reduction="mean")`` the weights are those of the RNODE paper; with nats and sums, a block of
+    :math:`d_b` of the :math:`d` dimensions has :math:`\lambda = \lambda_\text{paper} \, d \log 2 / d_b`.
+    Source: Finlay et al., *How to train your neural ODE*, equation 11.
 
     Args:
         model: a :class:`cnfkit.Flow`, or a :class:`cnfkit.Dequantised` for discrete data (then the loss is a bound).
         unit: ``"nats"`` or ``"bits"`` (per dimension).
+        solve: how to solve ODEs in training: a :class:`cnfkit.Solve`, or a grid that changes from batch to batch, such
+            as :class:`cnfkit.FrozenGrid`. Its probes come from the generator of the batch.
+        penalties: the weights :math:`\lambda_j` by name.
+        evaluation: how to solve ODEs in ``eval()`` mode; unless given, with the trace of ``solve`` and steps within a
+            tolerance of 1e-5, so that no grid can flatter the model.
 
     Raises:
-        TypeError: if ``model`` is neither.
-        ValueError: if the unit is unknown.
+        TypeError: if the model or a solve is of another kind.
+        ValueError: if the unit or a penalty is unknown, or a weight is negative.
 
     >>> loss, terms = NegativeLogLikelihood(Flow(Uniform(2), Diagonal(2, log_scale=-1.0)))(torch.full((4, 2), 0.5))
     >>> loss.item(), list(terms)
     (2.0, ['nll'])
     """
 
-    def __init__(self, model: Flow | Dequantised, unit: str = "nats") -> None:
+    def __init__(
+        self,
+        model: Flow | Dequantised,
+        unit: str = "nats",
+        solve: Solve | nn.Module | None = None,
+        penalties: dict[str, float] | None = None,
+        evaluation: Solve | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(model, Flow | Dequantised):
             raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")
         if unit not in ("nats", "bits"):
             raise ValueError(f"unit is {unit!r}; wanted 'nats' or 'bits'")
+        for name, value, kinds in (("solve", solve, Solve | nn.Module), ("evaluation", evaluation, Solve)):
+            if value is not None and not isinstance(value, kinds):
+                raise TypeError(f"{name} is a {type(value).__name__}; wanted a Solve" + " or a grid" * (name == "solve"))
+        for name, weight in (penalties or {}).items():
+            if name not in ENERGIES:
+                raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"penalties has {name}: {weight!r}; wanted a weight of at least 0")
         self.model = model
         self.unit = unit
+        self.solve = Solve() if solve is None else solve
+        self.penalties = dict(penalties or {})
+        plain = self.solve if isinstance(self.solve, Solve) else self.solve.solve
+        self.evaluation = evaluation or replace(
+            plain, method="dopri5", times=None, tolerance=1e-5, gradient="backprop"
+        )
 
     def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.
 
         Args:
             batch: points, shape ``(n, *event_shape)``.
-            generator: where noise comes from, for models that draw any.
+            generator: where noise comes from, for models and solves that draw any.
+
+        Returns:
+            The loss; ``nll`` in the unit, each penalty before its weight, and for CNFs the number of ``evaluations``.
         """
+        if not self.training:
+            solve = self.evaluation
+        elif isinstance(self.solve, Solve):
+            solve = self.solve
+        else:
+            solve = self.solve(self.model, batch, generator)
+        solve = replace(solve, generator=generator, energies=tuple(self.penalties))
         noise = {"generator": generator} if isinstance(self.model, Dequantised) else {}
-        log_prob = self.model.log_prob(batch, **noise)
+        log_prob, result = self.model.log_prob_and_result(batch, solve=solve, **noise)
         if self.unit == "bits":
             loss = bits_per_dimension(log_prob, self.model.event_shape.numel()).mean()
         else:
             loss = -log_prob.mean()
-        return loss, {"nll": loss.detach()}
+        terms = {"nll": loss.detach()}
+        for name, weight in self.penalties.items():
+            if name not in result.penalties:
+                raise ValueError(f"penalties has {name!r}, but the model holds no CNF that has one")
+            penalty = result.penalties[name].mean()
+            loss, terms[name] = loss + weight * penalty, penalty.detach()
+        if result.stats:
+            terms["evaluations"] = torch.tensor(float(result.evaluations))
+        return loss, terms
 
 
 def bits_per_dimension(log_prob: Tensor, dimensions: int) -> Tensor:

@@ -24,12 +24,14 @@ class History:
         steps: the steps at which it did.
         train: the mean training loss since the step before.
         validation: the validation loss, if there was a validation split.
+        terms: the mean of each of the loss's terms since the step before, by name.
         best_step: the step whose weights the model has now.
     """
 
     steps: list[int] = field(default_factory=list)
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
     best_step: int = 0
 
 
@@ -138,7 +140,7 @@ class _Run:
             self.settings |= {"data": _fingerprint(train), "validation": _fingerprint(held_out)}
         self.optimizer = torch.optim.Adam(parameters, lr=lr)
         self.history, self.step, self.best, self.best_loss = History(), 0, {}, math.inf
-        self.recent = torch.zeros((), device=device)
+        self.recent: dict[str, Tensor] = {}  # sums since the last record
         self.order = (-1, torch.empty(0))
         self.whole = True  # whether everything is of the same step, so that it can be saved
         if checkpoint is not None and Path(checkpoint).is_file():
@@ -147,7 +149,7 @@ class _Run:
     def advance(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        loss, _ = self.loss(self.next_batch(), generator=_generator(self.seed, "noise", self.step))
+        loss, terms = self.loss(self.next_batch(), generator=_generator(self.seed, "noise", self.step))
         if not loss.isfinite():
             best = f"the model has the weights of step {self.history.best_step}, its best" if self.best else ""
             saved = f"those of step {self.history.steps[-1]} are in {self.checkpoint}" if self.saved() else ""
@@ -160,7 +162,8 @@ class _Run:
         loss.backward()
         self.whole = False
         self.optimizer.step()
-        self.recent += loss.detach()
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            self.recent[name] = self.recent[name] + value if name in self.recent else value
         self.step += 1
         if self.step * self.records // self.steps > (self.step - 1) * self.records // self.steps:
             self.record()
@@ -177,8 +180,10 @@ class _Run:
     def record(self) -> None:
         since = self.step - (self.history.steps[-1] if self.history.steps else 0)
         self.history.steps.append(self.step)
-        self.history.train.append(self.recent.item() / since)
-        self.recent.zero_()
+        self.history.train.append(self.recent.pop("loss").item() / since)
+        for name, value in self.recent.items():
+            self.history.terms.setdefault(name, []).append(value.item() / since)
+        self.recent.clear()
         if len(self.held_out):
             self.history.validation.append(self.validate())
             if self.history.validation[-1] < self.best_loss:
@@ -210,7 +215,7 @@ class _Run:
     def save(self) -> None:
         if self.checkpoint is None:
             return
-        tensors = {"recent": self.recent}
+        tensors = {f"recent/{name}": value for name, value in self.recent.items()}
         tensors |= {f"model/{name}": value for name, value in self.loss.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         for k, state in self.optimizer.state_dict()["state"].items():
@@ -228,11 +233,10 @@ class _Run:
                     f"{self.checkpoint} is of a run with {name}={came!r}, this one has {value!r}; "
                     "use the same settings, or another file"
                 )
-        part = {kind: {} for kind in ("model", "best", "optimizer")}
+        part = {kind: {} for kind in ("model", "best", "optimizer", "recent")}
         for name, value in tensors.items():
-            if "/" in name:
-                kind, rest = name.split("/", 1)
-                part[kind][rest] = value
+            kind, rest = name.split("/", 1)
+            part[kind][rest] = value
         files.fill(self.loss, part["model"], about["model"], self.checkpoint)
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in part["optimizer"].items():
@@ -241,7 +245,8 @@ class _Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step, self.history, self.best = about["step"], History(**about["history"]), part["best"]
         self.best_loss = min((v for v in self.history.validation if not math.isnan(v)), default=math.inf)
-        self.recent = tensors["recent"].to(self.recent)
+        device = self.train.device
+        self.recent = {name: value.to(device) for name, value in part["recent"].items()}
 
 
 def _generator(seed: int, purpose: str, k: int) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cnfkit.ode.solve import Solve
+from cnfkit.ode.statistics import Statistics
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
@@ -21,19 +23,24 @@ class Result:
         value: the image of the points, shape ``(*batch, *event)``.
         logdet: :math:`\\log |\\det \\partial \\text{value} / \\partial \\text{input}|`, shape ``(*batch)``.
         penalties: named regularisers of the path that was taken, each of shape ``(*batch)``; empty for finite flows.
-        stats: named counts, such as evaluations of a field; empty for finite flows.
+        stats: an account of each ODE solve, in the order in which they ran; empty for finite flows.
 
-    >>> first = Result(torch.zeros(3, 2), torch.full((3,), 1.0), stats={"evaluations": 4})
-    >>> second = Result(torch.ones(3, 2), torch.full((3,), 0.5), stats={"evaluations": 6})
+    >>> first = Result(torch.zeros(3, 2), torch.full((3,), 1.0), stats=(Statistics(evaluations=4),))
+    >>> second = Result(torch.ones(3, 2), torch.full((3,), 0.5), stats=(Statistics(evaluations=6),))
     >>> both = first.then(second)
-    >>> both.value[0], both.logdet[0], both.stats
-    (tensor([1., 1.]), tensor(1.5000), {'evaluations': 10})
+    >>> both.value[0], both.logdet[0], both.evaluations
+    (tensor([1., 1.]), tensor(1.5000), 10)
     """
 
     value: Tensor
     logdet: Tensor
     penalties: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, int] = field(default_factory=dict)
+    stats: tuple[Statistics, ...] = ()
+
+    @property
+    def evaluations(self) -> int:
+        """How often fields were evaluated on the way."""
+        return sum(stats.evaluations for stats in self.stats)
 
     def then(self, after: Result) -> Result:
         """The result of this pass followed by another: the value is the later one, everything else adds up."""
@@ -41,7 +48,7 @@ class Result:
             value=after.value,
             logdet=self.logdet + after.logdet,
             penalties=_sum(self.penalties, after.penalties),
-            stats=_sum(self.stats, after.stats),
+            stats=self.stats + after.stats,
         )
 
 
@@ -85,12 +92,12 @@ class Bijection(nn.Module, ABC):
         Returns:
             A :class:`Result` whose value has shape ``(*batch, *latent_shape)``.
         """
-        self._check("x", x, self.event_shape, context)
+        self._check("x", x, self.event_shape, context, solve)
         return self._checked(self._forward(x, context, solve), x, self.event_shape, self.latent_shape)
 
     def inverse(self, z: Tensor, context: Tensor | None = None, solve: Solve | None = None) -> Result:
         """Latent to data: :math:`x = f^{-1}(z)`; arguments and result as in :meth:`forward`, shapes exchanged."""
-        self._check("z", z, self.latent_shape, context)
+        self._check("z", z, self.latent_shape, context, solve)
         return self._checked(self._inverse(z, context, solve), z, self.latent_shape, self.event_shape)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -123,7 +130,11 @@ class Bijection(nn.Module, ABC):
     @abstractmethod
     def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result: ...
 
-    def _check(self, name: str, value: Tensor, shape: torch.Size, context: Tensor | None) -> None:
+    def _check(
+        self, name: str, value: Tensor, shape: torch.Size, context: Tensor | None, solve: Solve | None
+    ) -> None:
+        if solve is not None and not isinstance(solve, Solve):
+            raise TypeError(f"{type(self).__name__}: solve is a {type(solve).__name__}; wanted a cnfkit.Solve")
         tensors = chain(self.parameters(), self.buffers())  # a Standardize, say, has buffers alone
         like = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
         check_points(type(self).__name__, name, value, shape, like)
@@ -298,6 +309,15 @@ def concrete(value: Tensor) -> bool:
         or torch._C._functorch.is_functorch_wrapped_tensor(value)
         or (value.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def as_double(value: nn.Module | Tensor) -> nn.Module | Tensor:
+    """A float64 copy, on the CPU where the device has no float64."""
+    copied = copy.deepcopy(value)
+    tensor = value if isinstance(value, Tensor) else next(iter(value.state_dict(keep_vars=True).values()), None)
+    if tensor is not None and tensor.device.type == "mps":
+        copied = copied.to("cpu")
+    return copied.double()
 
 
 def sum_event(value: Tensor, event_shape: torch.Size) -> Tensor:

@@ -1,5 +1,1 @@
-"""The continuous side: how an ODE is solved."""
-
-from cnfkit.ode.solve import Solve
-
-__all__ = ["Solve"]
+"""The continuous side: fields, solvers, and the flows that they make."""

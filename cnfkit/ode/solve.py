@@ -3,61 +3,131 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-TRACES = ("exact", "hutchinson")
+from cnfkit.ode.tableaux import TABLEAUX
+
+TRACES = ("exact", "hutchinson", "none")
+NOISES = ("rademacher", "gaussian")
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
+ENERGIES = ("kinetic_energy", "jacobian_energy")
+TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun3", "rk4", "explicit_adams", "implicit_adams")
+TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
 @dataclass(frozen=True)
 class Solve:
-    """The options of an ODE solve, chosen at the call; finite flows ignore them.
+    r"""The options of an ODE solve, chosen at the call; finite flows ignore them.
+
+    A solver either takes the steps of a fixed grid, ``times``, or chooses its own so that the error that it estimates
+    for each of them, in the root mean square over all numbers of the batch, stays below
+    :math:`\text{tolerance} \cdot (1 + |z|)`. The log-determinant counts among the numbers when the trace is exact, and
+    not with Hutchinson, else the steps would depend on the noise.
 
     Attributes:
-        trace: how the divergence of the field is found, ``"exact"`` or ``"hutchinson"``.
-        probes: the number of Hutchinson probes.
-        generator: where the probes come from; one draw a solve.
-        method: the name of the solver.
-        times: the step times of a fixed grid, increasing; then ``tolerance`` is not given.
-        tolerance: the error tolerance of an adaptive solver; then ``times`` is not given.
-        gradient: how the solve is differentiated, ``"backprop"``, ``"checkpoint"`` or ``"adjoint"``.
+        trace: how the divergence of the field is found: ``"exact"``; ``"hutchinson"``, an unbiased estimate; ``"none"``
+            for points alone (the log-determinant is then NaN).
+        probes: the number of Hutchinson probes; they are drawn once a solve, and averaged over.
+        noise: their distribution, ``"rademacher"`` or ``"gaussian"``.
+        generator: where the probes come from.
+        method: ``"euler"``, ``"midpoint"``, ``"rk4"``, ``"rk4_38"`` (the 3/8 rule), ``"dopri5"``, or
+            ``"torchdiffeq:NAME"`` for a solver of torchdiffeq.
+        times: the step times of a fixed grid, as shares of the whole interval: increasing from 0 to 1.
+        tolerance: the error tolerance of an adaptive solver; 1e-5 unless ``times`` or ``tolerance`` is given.
+        gradient: how the solve is differentiated: ``"backprop"``; ``"checkpoint"``, the same with one state a step in
+            memory, for a second evaluation; ``"adjoint"``, with torchdiffeq's solvers.
+        energies: which energies of the path to integrate, of ``"kinetic_energy"`` and ``"jacobian_energy"``.
+        reduction: ``"sum"`` over the dimensions in the energies, or their ``"mean"``.
         max_steps: a bound on the number of steps.
 
     Raises:
-        ValueError: if a value is outside its range, an unknown name is given, or both ``times`` and ``tolerance`` are.
+        ValueError: if a value is outside its range, an unknown name is given, or two options contradict each other.
         TypeError: if ``generator`` is no ``torch.Generator``.
 
-    >>> Solve(trace="hutchinson", probes=4, tolerance=1e-5).probes
-    4
+    >>> Solve(trace="hutchinson", probes=4).tolerance
+    1e-05
+    >>> Solve(method="rk4", times=[0, 0.5, 1]).times
+    (0.0, 0.5, 1.0)
     """
 
     trace: str = "exact"
     probes: int = 1
+    noise: str = "rademacher"
     generator: torch.Generator | None = None
     method: str = "dopri5"
     times: tuple[float, ...] | None = None
     tolerance: float | None = None
     gradient: str = "backprop"
+    energies: tuple[str, ...] = ()
+    reduction: str = "sum"
     max_steps: int = 10_000
 
     def __post_init__(self) -> None:
-        for name, value, known in (("trace", self.trace, TRACES), ("gradient", self.gradient, GRADIENTS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(known)}")
+        _require_known("trace", self.trace, TRACES)
+        _require_known("noise", self.noise, NOISES)
+        _require_known("gradient", self.gradient, GRADIENTS)
+        _require_known("reduction", self.reduction, ("sum", "mean"))
         for name, value in (("probes", self.probes), ("max_steps", self.max_steps)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator is a {type(self.generator).__name__}; wanted a torch.Generator")
+        if isinstance(self.energies, str):
+            raise ValueError(f"energies is {self.energies!r}; wanted a tuple of names, such as ({self.energies!r},)")
+        for name in self.energies:
+            _require_known("energies", name, ENERGIES)
+        if self.trace == "none" and "jacobian_energy" in self.energies:
+            raise ValueError("trace is 'none', but jacobian_energy needs the field's derivatives; choose another trace")
+        self._settle_steps()
+
+    def _settle_steps(self) -> None:
+        """The grid as plain numbers, the default tolerance in place, and both in keeping with the method."""
+        foreign = self.method.startswith("torchdiffeq:")
+        known = [*TABLEAUX, *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_FIXED + TORCHDIFFEQ_ADAPTIVE)]
+        _require_known("method", self.method, known)
+        if self.gradient == "checkpoint" and foreign:
+            raise ValueError("gradient is 'checkpoint', which torchdiffeq does not have; wanted backprop or adjoint")
+        if self.gradient == "adjoint" and not foreign:
+            raise ValueError(
+                f"gradient is 'adjoint' with method {self.method!r}; the adjoint comes with torchdiffeq's solvers, "
+                "such as 'torchdiffeq:dopri5'"
+            )
+        adaptive = adapts(self.method)
         if self.times is not None:
             if self.tolerance is not None:
                 raise ValueError("times and tolerance are both given; a grid is fixed, or chosen by a tolerance")
-            grid = self.times if isinstance(self.times, Sequence) else ()
-            if len(grid) < 2 or not all(a < b < math.inf for a, b in pairwise(grid)):
-                raise ValueError(f"times is {self.times!r}; wanted at least two increasing numbers")
-        if self.tolerance is not None and not self.tolerance > 0:
+            if foreign and adaptive:
+                raise ValueError(f"times are given, but {self.method} chooses its own steps; give a tolerance")
+            try:
+                times = tuple(float(t) for t in self.times)
+            except (TypeError, ValueError):
+                times = ()
+            rising = all(a < b for a, b in pairwise(times))
+            if len(times) < 2 or not rising or abs(times[0]) > 1e-6 or abs(times[-1] - 1) > 1e-6:
+                came = tuple(self.times.tolist()) if isinstance(self.times, Tensor) else self.times
+                raise ValueError(f"times is {came!r}; wanted increasing numbers from 0 to 1, or uniform_grid(steps)")
+            if len(times) - 1 > self.max_steps:
+                raise ValueError(f"times has {len(times) - 1} steps, max_steps is {self.max_steps}")
+            object.__setattr__(self, "times", (0.0, *times[1:-1], 1.0))
+        elif not adaptive:
+            raise ValueError(f"method {self.method!r} takes fixed steps; give their times, such as uniform_grid(8)")
+        elif self.tolerance is None:
+            object.__setattr__(self, "tolerance", 1e-5)
+        elif not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance is {self.tolerance!r}; wanted a positive number")
+
+
+def adapts(method: str) -> bool:
+    """Whether a method can choose its own steps."""
+    if method.startswith("torchdiffeq:"):
+        return method.removeprefix("torchdiffeq:") in TORCHDIFFEQ_ADAPTIVE
+    return TABLEAUX[method].error is not None
+
+
+def _require_known(name: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(known)}")

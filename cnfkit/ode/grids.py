@@ -1,0 +1,114 @@
+"""Step times: equal, jittered, or chosen by an error estimate and kept for a while."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit.dequantise import Dequantised
+from cnfkit.flow import Flow
+from cnfkit.ode.solve import Solve
+
+Model = Flow | Dequantised
+
+
+def uniform_grid(steps: int) -> tuple[float, ...]:
+    """The times of equal steps, from 0 to 1.
+
+    >>> uniform_grid(4)
+    (0.0, 0.25, 0.5, 0.75, 1.0)
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; wanted a whole number of at least 1")
+    return tuple(k / steps for k in range(steps + 1))
+
+
+class JitteredGrid(nn.Module):
+    r"""Equal steps whose inner times are moved at random, anew for each batch.
+
+    .. math:: t_k = \frac{k + \text{jitter} \cdot (u_k - \tfrac12)}{\text{steps}}, \qquad u_k \sim \mathrm U[0, 1)
+
+    A field cannot be fitted to the gaps of a grid that it does not know.
+
+    Args:
+        steps: how many.
+        jitter: the share of a step that a time is moved over, from 0 to less than 1.
+        method: of the solve.
+        options: further options of :class:`cnfkit.Solve`.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    >>> JitteredGrid(2)(None, None, torch.Generator().manual_seed(0)).times
+    (0.0, 0.4983154535293579, 1.0)
+    """
+
+    def __init__(self, steps: int, jitter: float = 0.9, method: str = "rk4_38", **options) -> None:
+        super().__init__()
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter is {jitter!r}; wanted a share in [0, 1)")
+        self.steps, self.jitter = steps, jitter
+        self.solve = Solve(method=method, times=uniform_grid(steps), **options)
+
+    def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
+        """The solve for a batch."""
+        inner = torch.arange(1, self.steps) + self.jitter * (torch.rand(self.steps - 1, generator=generator) - 0.5)
+        return replace(self.solve, times=(0.0, *(inner / self.steps).tolist(), 1.0))
+
+
+class FrozenGrid(nn.Module):
+    """Step times that an adaptive solver chose, kept for some batches: a fixed grid with a guard.
+
+    Every so often a few rows of the batch are solved adaptively, without gradients; its step times serve until the
+    next time. A field that becomes too fast for them gets new ones. With several CNFs in the model, those of the one
+    that took the most steps serve all. The times and the count are part of the ``state_dict``.
+
+    Args:
+        tolerance: of the adaptive solve.
+        every: how many batches a grid serves.
+        rows: how many points it is chosen on.
+        method: of the solves on the grid.
+        options: further options of :class:`cnfkit.Solve`, for both.
+
+    Raises:
+        ValueError: if a value is out of range; on a call, if the model holds no CNF.
+        SolveError: on a call, if the adaptive solve cannot be finished within 255 steps.
+    """
+
+    LONGEST = 256
+
+    def __init__(
+        self, tolerance: float = 1e-2, every: int = 25, rows: int = 64, method: str = "dopri5", **options
+    ) -> None:
+        super().__init__()
+        for name, value in (("every", every), ("rows", rows)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
+        self.every, self.rows = every, rows
+        self.adaptive = Solve(tolerance=tolerance, max_steps=self.LONGEST - 1, **options)
+        self.solve = Solve(method=method, times=uniform_grid(1), **options)
+        self.served = 0
+
+    def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
+        """The solve for a batch, on the grid that is kept, or on a new one."""
+        if self.served % self.every == 0:
+            with torch.no_grad():
+                adaptive = replace(self.adaptive, generator=generator)
+                _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive)
+            if not result.stats:
+                raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
+            self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))
+        self.served += 1
+        return self.solve
+
+    def get_extra_state(self) -> Tensor:
+        """The count and the times, in a tensor whose size does not change."""
+        state = torch.zeros(1 + self.LONGEST, dtype=torch.float64)
+        state[0], state[1 : 1 + len(self.solve.times)] = self.served, torch.tensor(self.solve.times)
+        return state
+
+    def set_extra_state(self, state: Tensor) -> None:
+        times = state[1:].tolist()
+        self.served, self.solve = int(state[0]), replace(self.solve, times=tuple(times[: times.index(1.0) + 1]))
