@@ -27,10 +27,10 @@ from cnfkit.checks import CheckFailed, check
 from cnfkit.contract import bijection_contract, flow_contract
 from cnfkit.data import Images, ToyDensity, digits, mnist, toy_density
 from cnfkit.dequantise import Dequantised, UniformDequantiser
+from cnfkit.evaluation import Evaluation, evaluate, solver_error
 from cnfkit.flow import Flow
 from cnfkit.losses import NegativeLogLikelihood, bits_per_dimension
 from cnfkit.nets import MLP, ConvNet
-from cnfkit.evaluation import Evaluation, evaluate, solver_error
 from cnfkit.ode.cnf import CNF
 from cnfkit.ode.fields import MLPField
 from cnfkit.ode.grids import FrozenGrid, JitteredGrid, uniform_grid

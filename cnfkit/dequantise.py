@@ -127,7 +127,7 @@ class Dequantised(nn.Module):
         draws: int = 1,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Result]:
-        """The bound, and what the last of the passes to the latents gave beside it; arguments as in :meth:`log_prob`."""
+        """The bound, and what the last of the passes to the latents gave beside it; see :meth:`log_prob`."""
         if not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws is {draws!r}; wanted a whole number of at least 1")
         if not isinstance(k, Tensor):

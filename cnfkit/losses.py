@@ -64,7 +64,10 @@ class NegativeLogLikelihood(nn.Module):
             raise ValueError(f"unit is {unit!r}; wanted 'nats' or 'bits'")
         for name, value, kinds in (("solve", solve, Solve | nn.Module), ("evaluation", evaluation, Solve)):
             if value is not None and not isinstance(value, kinds):
-                raise TypeError(f"{name} is a {type(value).__name__}; wanted a Solve" + " or a grid" * (name == "solve"))
+                wanted = "a Solve or a grid" if name == "solve" else "a Solve"
+                raise TypeError(f"{name} is a {type(value).__name__}; wanted {wanted}")
+                    f"{name} is a {type(value).__name__}; wanted a Solve" + " or a grid" * (name == "solve")
+                )
         for name, weight in (penalties or {}).items():
             if name not in ENERGIES:
                 raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")
@@ -75,9 +78,7 @@ class NegativeLogLikelihood(nn.Module):
         self.solve = Solve() if solve is None else solve
         self.penalties = dict(penalties or {})
         plain = self.solve if isinstance(self.solve, Solve) else self.solve.solve
-        self.evaluation = evaluation or replace(
-            plain, method="dopri5", times=None, tolerance=1e-5, gradient="backprop"
-        )
+        self.evaluation = evaluation or replace(plain, method="dopri5", times=None, tolerance=1e-5, gradient="backprop")
 
     def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.

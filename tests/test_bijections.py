@@ -12,6 +12,7 @@ from torch import nn
 
 import cnfkit
 from cnfkit import (
+    CNF,
     MLP,
     ActNorm,
     AdditiveCoupling,
@@ -24,11 +25,13 @@ from cnfkit import (
     Flow,
     Inverse,
     Logit,
+    MLPField,
     Multiscale,
     Normal,
     Result,
     Squeeze,
     Standardize,
+    Statistics,
     bijection_contract,
     flow_contract,
     mask,
@@ -41,6 +44,7 @@ REGISTRY = {
     Affine: lambda: Affine(torch.tensor([[2.0, 1.0], [-1.0, 0.5]]), torch.tensor([0.3, -2.0])),
     AffineCoupling: lambda: AffineCoupling(mask("even", 3), MLP(3, 6, hidden=(8,))),
     Arcsinh: lambda: Arcsinh((2, 2)),
+    CNF: lambda: CNF(MLPField(2, hidden=(8, 8))),
     Chain: lambda: Chain(Diagonal(3), Arcsinh(3), AffineCoupling(mask("even", 3), MLP(3, 6, hidden=(8,)))),
     Diagonal: lambda: Diagonal((2, 3), log_scale=0.5, shift=torch.arange(3.0)),
     Inverse: lambda: Inverse(Affine(torch.tensor([[2.0, 1.0], [-1.0, 0.5]]))),
@@ -350,11 +354,11 @@ class Costly(Diagonal):
     def _forward(self, x, context, solve):
         result = super()._forward(x, context, solve)
         penalty = result.logdet.detach() * 0 + 2.0
-        return Result(result.value, result.logdet, {"kinetic_energy": penalty}, {"evaluations": 6})
+        return Result(result.value, result.logdet, {"kinetic_energy": penalty}, (Statistics(evaluations=6),))
 
     def _inverse(self, z, context, solve):
         result = super()._inverse(z, context, solve)
-        return Result(result.value, result.logdet, {}, {"evaluations": 7, "rejected": 1})
+        return Result(result.value, result.logdet, {}, (Statistics(evaluations=7, rejected=1),))
 
 
 @pytest.mark.parametrize(
@@ -370,8 +374,9 @@ def test_penalties_and_statistics_add_up(make):
     flow = make()
     there = flow(torch.zeros(3, *flow.event_shape))
     back = flow.inverse(there.value)
-    assert there.penalties["kinetic_energy"].tolist() == [4.0] * 3 and there.stats == {"evaluations": 12}
-    assert back.penalties == {} and back.stats == {"evaluations": 14, "rejected": 2}
+    assert there.penalties["kinetic_energy"].tolist() == [4.0] * 3 and there.evaluations == 12
+    assert back.penalties == {} and back.evaluations == 14
+    assert [stats.rejected for stats in back.stats] == [1, 1]
 
 
 def test_chain_is_a_sequence():

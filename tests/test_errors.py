@@ -326,13 +326,13 @@ TABLE = {
     "no solver steps": Bad(lambda: k.Solve(max_steps=1.5), V, "max_steps is 1.5; wanted a whole number of at least 1"),
     "seed for probes": Bad(lambda: k.Solve(generator=1), T, "generator is a int; wanted a torch.Generator"),
     "grid and tolerance": Bad(lambda: k.Solve(times=(0, 1), tolerance=1e-3), V, "times and tolerance are both given"),
-    "one time": Bad(lambda: k.Solve(times=(0,)), V, "times is (0,); wanted at least two increasing numbers"),
-    "a number of times": Bad(lambda: k.Solve(times=10), V, "times is 10; wanted at least two increasing numbers"),
+    "one time": Bad(lambda: k.Solve(times=(0,)), V, "times is (0,); wanted increasing numbers from 0 to 1"),
+    "a number of times": Bad(lambda: k.Solve(times=10), V, "times is 10; wanted increasing numbers from 0 to 1"),
     "times that go back": Bad(
-        lambda: k.Solve(times=(0, 1, 0.5)), V, "times is (0, 1, 0.5); wanted at least two increasing"
+        lambda: k.Solve(times=(0, 1, 0.5)), V, "times is (0, 1, 0.5); wanted increasing numbers from 0 to 1"
     ),
     "a time that is NaN": Bad(
-        lambda: k.Solve(times=(0, math.nan)), V, "times is (0, nan); wanted at least two increasing"
+        lambda: k.Solve(times=(0, math.nan)), V, "times is (0, nan); wanted increasing numbers from 0 to 1"
     ),
     "negative tolerance": Bad(lambda: k.Solve(tolerance=-1e-3), V, "tolerance is -0.001; wanted a positive number"),
     # checks and contract

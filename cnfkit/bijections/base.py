@@ -130,9 +130,7 @@ class Bijection(nn.Module, ABC):
     @abstractmethod
     def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result: ...
 
-    def _check(
-        self, name: str, value: Tensor, shape: torch.Size, context: Tensor | None, solve: Solve | None
-    ) -> None:
+    def _check(self, name: str, value: Tensor, shape: torch.Size, context: Tensor | None, solve: Solve | None) -> None:
         if solve is not None and not isinstance(solve, Solve):
             raise TypeError(f"{type(self).__name__}: solve is a {type(solve).__name__}; wanted a cnfkit.Solve")
         tensors = chain(self.parameters(), self.buffers())  # a Standardize, say, has buffers alone

@@ -11,8 +11,8 @@ from cnfkit.ode.solve import Solve
 def draw_probes(solve: Solve, z: Tensor) -> Tensor | None:
     r"""The probes of one solve, shape ``(k, n, *event)``: numbers of mean 0 and variance 1; None for the exact trace.
 
-    They are drawn in float32 on the generator's device, so that a CPU generator gives the same everywhere, and a float64
-    copy of a model sees the same probes.
+    They are drawn in float32 on the generator's device, so that a CPU generator gives the same everywhere, and a
+    float64 copy of a model sees the same probes.
     """
     if solve.trace != "hutchinson":
         return None

@@ -157,10 +157,8 @@ def _find_failure(dynamics: Dynamics, tableau: Tableau, z: Tensor, grid: list[fl
 
 
 def _not_finite(t: float, step: int, z: Tensor) -> SolveError:
-    return SolveError(
-        "the field or the state stopped being finite", t, step, _largest(z), "try more steps, standardised data, a smaller "
-        "learning rate, or penalties on the path"
-    )
+    remedy = "try more steps, standardised data, a smaller learning rate, or penalties on the path"
+    return SolveError("the field or the state stopped being finite", t, step, _largest(z), remedy)
 
 
 def _largest(z: Tensor) -> float:
@@ -183,16 +181,13 @@ def _adaptively(
         tried = stats.accepted + stats.rejected
         t = start + sign * passed
         if tried >= solve.max_steps:
-            raise SolveError(
-                f"max_steps = {solve.max_steps} steps were not enough: stopped",
-                t, stats.accepted, _largest(z), "try a larger tolerance or max_steps, or penalties on the path",
-            )
+            remedy = "try a larger tolerance or max_steps, or penalties on the path"
+            raise SolveError(f"max_steps = {tried} were not enough: stopped", t, stats.accepted, _largest(z), remedy)
         if h < smallest:
-            raise SolveError(
-                f"the step vanished (h = {h:.1g}): stopped",
-                t, stats.accepted, _largest(z), "the field is stiff, blows up or is not finite near here; try penalties "
-                "on the path, a larger tolerance, or float64",
+            remedy = (
+                "the field is stiff or blows up near here; try penalties on the path, a larger tolerance, or float64"
             )
+            raise SolveError(f"the step vanished (h = {h:.1g}): stopped", t, stats.accepted, _largest(z), remedy)
         last = passed + h >= length * (1 - 1e-12)
         if last:
             h = length - passed
