@@ -66,8 +66,6 @@ class NegativeLogLikelihood(nn.Module):
             if value is not None and not isinstance(value, kinds):
                 wanted = "a Solve or a grid" if name == "solve" else "a Solve"
                 raise TypeError(f"{name} is a {type(value).__name__}; wanted {wanted}")
-                    f"{name} is a {type(value).__name__}; wanted a Solve" + " or a grid" * (name == "solve")
-                )
         for name, weight in (penalties or {}).items():
             if name not in ENERGIES:
                 raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")

@@ -184,9 +184,7 @@ def _adaptively(
             remedy = "try a larger tolerance or max_steps, or penalties on the path"
             raise SolveError(f"max_steps = {tried} were not enough: stopped", t, stats.accepted, _largest(z), remedy)
         if h < smallest:
-            remedy = (
-                "the field is stiff or blows up near here; try penalties on the path, a larger tolerance, or float64"
-            )
+            remedy = "the field is stiff or blows up here; try penalties on the path, a larger tolerance, or float64"
             raise SolveError(f"the step vanished (h = {h:.1g}): stopped", t, stats.accepted, _largest(z), remedy)
         last = passed + h >= length * (1 - 1e-12)
         if last:
