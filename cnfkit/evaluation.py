@@ -11,7 +11,7 @@ from cnfkit.bijections.base import as_double
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
 from cnfkit.losses import bits_per_dimension
-from cnfkit.ode.solve import Solve
+from cnfkit.ode.solve import Solve, as_solve
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ def evaluate(
     >>> print(evaluate(Flow(Normal(1), Diagonal(1)), torch.zeros(10, 1)))
     0.919 ± 0.000 nats
     """
+    solve = as_solve(solve)
+    _require_model(model)
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} points; a standard error needs at least 2")
-    noise = {"generator": (solve or Solve()).generator} if isinstance(model, Dequantised) else {}
+    noise = {"generator": solve.generator} if isinstance(model, Dequantised) else {}
     log_prob, evaluations = [], []
     for k in range(0, len(x), 2000):
         given = None if context is None else context[k : k + 2000]
@@ -95,7 +97,8 @@ def solver_error(
     >>> solver_error(flow, torch.zeros(3, 2)) < 1e-4
     True
     """
-    solve = solve or Solve()
+    solve = as_solve(solve)
+    _require_model(model)
     if isinstance(model, Dequantised):
         model, x = model.flow, model.dequantiser(x, solve.generator)[0]
     device = None if solve.generator is None else solve.generator.device
@@ -108,3 +111,8 @@ def solver_error(
     points = [None if part is None else as_double(part) for part in (x, context)]
     truth = log_prob(as_double(model), tight, *points)
     return (log_prob(model, solve, x, context).to(truth) - truth).abs().mean().item()
+
+
+def _require_model(model: Flow | Dequantised) -> None:
+    if not isinstance(model, Flow | Dequantised):
+        raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")

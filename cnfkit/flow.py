@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnfkit.bases import Base, as_batch
 from cnfkit.bijections.base import Bijection, Result, check_context, check_points, concrete
-from cnfkit.ode.solve import Solve
+from cnfkit.ode.solve import Solve, as_solve
 
 
 class Flow(nn.Module):
@@ -142,7 +142,7 @@ class Flow(nn.Module):
 
         An ODE is solved for the points alone, without the divergence of its field.
         """
-        solve = replace(solve or Solve(), trace="none", energies=())
+        solve = replace(as_solve(solve), trace="none", energies=())
         return self.rsample_and_log_prob(n, context, solve, generator)[0]
 
     @torch.no_grad()

@@ -62,10 +62,13 @@ class NegativeLogLikelihood(nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")
         if unit not in ("nats", "bits"):
             raise ValueError(f"unit is {unit!r}; wanted 'nats' or 'bits'")
-        for name, value, kinds in (("solve", solve, Solve | nn.Module), ("evaluation", evaluation, Solve)):
-            if value is not None and not isinstance(value, kinds):
-                wanted = "a Solve or a grid" if name == "solve" else "a Solve"
-                raise TypeError(f"{name} is a {type(value).__name__}; wanted {wanted}")
+        plain = getattr(solve, "solve", solve) if isinstance(solve, nn.Module) else solve  # a grid holds a Solve
+        for name, value, given, wanted in (
+            ("solve", plain, solve, "a Solve or a grid"),
+            ("evaluation", evaluation, evaluation, "a Solve"),
+        ):
+            if value is not None and not isinstance(value, Solve):
+                raise TypeError(f"{name} is a {type(given).__name__}; wanted {wanted}")
         for name, weight in (penalties or {}).items():
             if name not in ENERGIES:
                 raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")
@@ -75,8 +78,8 @@ class NegativeLogLikelihood(nn.Module):
         self.unit = unit
         self.solve = Solve() if solve is None else solve
         self.penalties = dict(penalties or {})
-        plain = self.solve if isinstance(self.solve, Solve) else self.solve.solve
-        self.evaluation = evaluation or replace(plain, method="dopri5", times=None, tolerance=1e-5, gradient="backprop")
+        within = {"method": "dopri5", "times": None, "tolerance": 1e-5, "gradient": "backprop"}
+        self.evaluation = evaluation or replace(plain or Solve(), **within)
 
     def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.

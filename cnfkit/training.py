@@ -142,6 +142,7 @@ class _Run:
         self.history, self.step, self.best, self.best_loss = History(), 0, {}, math.inf
         self.recent: dict[str, Tensor] = {}  # sums since the last record
         self.order = (-1, torch.empty(0))
+        self.before: dict[str, Tensor] = {}  # what a call of the loss changes by itself, as it was before the call
         self.whole = True  # whether everything is of the same step, so that it can be saved
         if checkpoint is not None and Path(checkpoint).is_file():
             self.resume()
@@ -149,6 +150,9 @@ class _Run:
     def advance(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        learnt = dict(self.loss.named_parameters())
+        state = self.loss.state_dict().items()
+        self.before = {name: value.detach().clone() for name, value in state if name not in learnt}
         loss, terms = self.loss(self.next_batch(), generator=_generator(self.seed, "noise", self.step))
         if not loss.isfinite():
             best = f"the model has the weights of step {self.history.best_step}, its best" if self.best else ""
@@ -164,7 +168,7 @@ class _Run:
         self.optimizer.step()
         for name, value in {"loss": loss.detach(), **terms}.items():
             self.recent[name] = self.recent[name] + value if name in self.recent else value
-        self.step += 1
+        self.step, self.before = self.step + 1, {}
         if self.step * self.records // self.steps > (self.step - 1) * self.records // self.steps:
             self.record()
         self.whole = True
@@ -216,7 +220,7 @@ class _Run:
         if self.checkpoint is None:
             return
         tensors = {f"recent/{name}": value for name, value in self.recent.items()}
-        tensors |= {f"model/{name}": value for name, value in self.loss.state_dict().items()}
+        tensors |= {f"model/{name}": value for name, value in (self.loss.state_dict() | self.before).items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         for k, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{k}/{name}": value for name, value in state.items()}

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnfkit import (
     MLP,
@@ -89,3 +90,42 @@ class Conditional(Bijection):
     def _inverse(self, z, context, solve):
         scale, shift = self._scale_and_shift(context)
         return Result((z - shift) * (-scale).exp(), -scale.flatten(-len(self.event_shape)).sum(-1))
+
+
+class Field(nn.Module):
+    """A velocity field from a function ``(t, z)``, without products of its own; it counts its calls."""
+
+    def __init__(self, function, event_shape=1, parameters=()) -> None:
+        super().__init__()
+        self.function, self.event_shape, self.calls = function, event_shape, 0
+        self.learnt = nn.ParameterList(parameters)
+
+    def forward(self, t, z):
+        self.calls += 1
+        return self.function(t, z)
+
+
+class Counted(nn.Module):
+    """A field with products whose calls are counted, of one kind and of the other."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field, self.event_shape, self.plain, self.with_rows = field, field.event_shape, 0, 0
+
+    def forward(self, t, z):
+        self.plain += 1
+        return self.field(t, z)
+
+    def with_products(self, t, z, probes=None):
+        self.with_rows += 1
+        return self.field.with_products(t, z, probes)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where PyTorch makes a float64 tensor: Apple's MPS has none, and a GPU is slow with them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            assert not (isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64), f"{function} made a float64"
+        return result

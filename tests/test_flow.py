@@ -6,12 +6,11 @@ import pickle
 
 import pytest
 import torch
-from builders import image_bijection, redrawn, seeded, two_moons_flow
+from builders import NoFloat64, image_bijection, redrawn, seeded, two_moons_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, multivariate_normal
 from torch.distributions import MultivariateNormal
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnfkit import (
     ActNorm,
@@ -32,16 +31,6 @@ from cnfkit import (
     Uniform,
     UniformDequantiser,
 )
-
-
-class NoFloat64(TorchDispatchMode):
-    """Fails where PyTorch makes a float64 tensor: Apple's MPS has none, and a GPU is slow with them."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(result):
-            assert not (isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64), f"{function} made a float64"
-        return result
 
 
 def image_flow() -> Flow:

@@ -94,9 +94,10 @@ class FrozenGrid(nn.Module):
     def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
         """The solve for a batch, on the grid that is kept, or on a new one."""
         if self.served % self.every == 0:
+            adaptive = replace(self.adaptive, generator=generator)
+            noise = {"generator": generator} if isinstance(model, Dequantised) else {}
             with torch.no_grad():
-                adaptive = replace(self.adaptive, generator=generator)
-                _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive)
+                _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive, **noise)
             if not result.stats:
                 raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
             self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))

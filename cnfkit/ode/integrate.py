@@ -132,16 +132,20 @@ def _on_grid(dynamics: _Counting, z: Tensor, start: float, end: float, solve: So
 
     first, integrals = z, []
     for t, after in pairwise(grid):
-        if solve.gradient == "checkpoint" and torch.is_grad_enabled():
-            z, integral = checkpoint(step, t, after - t, z, use_reentrant=False, preserve_rng_state=False)
-        else:
-            z, integral = step(t, after - t, z)
+        z, integral = _perhaps_again(step, solve, t, after - t, z)
         integrals.append(integral)
     total = torch.stack(integrals).sum(0)
     dynamics.stats.accepted, dynamics.stats.times = len(grid) - 1, solve.times
     if concrete(z) and not (z.isfinite().all() and total.isfinite().all()):
         _find_failure(dynamics.dynamics, tableau, first, grid)
     return z, total
+
+
+def _perhaps_again(step: Callable, solve: Solve, *args):
+    """A step, which the backward pass takes again if the solve says so, in place of keeping its stages."""
+    if solve.gradient == "checkpoint" and torch.is_grad_enabled():
+        return checkpoint(step, *args, use_reentrant=False, preserve_rng_state=False)
+    return step(*args)
 
 
 @torch.no_grad()
@@ -175,6 +179,13 @@ def _adaptively(
     first = dynamics(start, z)
     if not _finite(*first):
         raise _not_finite(start, 0, z)
+
+    def step(t: float, h: float, z: Tensor, first: tuple[Tensor, Tensor]):
+        new, integral, stages = runge_kutta_step(dynamics, tableau, t, h, z, first)
+        with torch.no_grad():
+            errors = [h * _weighted(tableau.error, part) for part in zip(*stages, strict=True)]
+        return new, integral, stages[-1], errors
+
     h = min(_first_step(dynamics, start, sign, z, first, tableau.order, tolerance, controlled), length)
     total, passed, shares, may_grow = torch.zeros_like(first[1]), 0.0, [0.0], True
     while passed < length:
@@ -189,11 +200,11 @@ def _adaptively(
         last = passed + h >= length * (1 - 1e-12)
         if last:
             h = length - passed
-        new, integral, stages = runge_kutta_step(dynamics, tableau, t, sign * h, z, first)
+        new, integral, final, errors = _perhaps_again(step, solve, t, sign * h, z, first)
         with torch.no_grad():
-            error = _error(tableau, stages, h, z, new, total, integral, tolerance, controlled)
+            error = _error(errors, z, new, total, integral, tolerance, controlled)
         if error <= 1:  # a NaN is not
-            z, total, first = new, total + integral, stages[-1]
+            z, total, first = new, total + integral, final
             passed = length if last else passed + h
             stats.accepted += 1
             shares.append(passed / length)
@@ -218,8 +229,8 @@ def _scaled(parts: list[tuple[Tensor, Tensor]], tolerance: float) -> float:
     return torch.cat(ratios).square().mean().sqrt().item()
 
 
-def _error(tableau, stages, h, z, new, total, integral, tolerance, controlled) -> float:
-    velocity, rate = (h * _weighted(tableau.error, part) for part in zip(*stages, strict=True))
+def _error(errors, z, new, total, integral, tolerance, controlled) -> float:
+    velocity, rate = errors
     size = total[:controlled].abs().maximum((total + integral)[:controlled].abs())
     return _scaled([(velocity, z.abs().maximum(new.abs())), (rate[:controlled], size)], tolerance)
 
@@ -273,7 +284,9 @@ def _by_torchdiffeq(
         ) from None
     z, total = path[0][-1], path[1][-1] if rates else z.new_zeros(0, len(z))
     if concrete(z) and not _finite(z, total):
-        raise _not_finite(end, dynamics.stats.accepted, z)
+        bad = next(k for k in range(len(grid)) if not _finite(*(part[k] for part in path)))
+        last = max(bad - 1, 0)
+        raise _not_finite(grid[last].item(), last, path[0][last])
     return z, total
 
 

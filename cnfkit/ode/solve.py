@@ -121,6 +121,13 @@ class Solve:
             raise ValueError(f"tolerance is {self.tolerance!r}; wanted a positive number")
 
 
+def as_solve(solve: Solve | None) -> Solve:
+    """The options, or the usual ones if there are none."""
+    if solve is not None and not isinstance(solve, Solve):
+        raise TypeError(f"solve is a {type(solve).__name__}; wanted a cnfkit.Solve")
+    return solve or Solve()
+
+
 def adapts(method: str) -> bool:
     """Whether a method can choose its own steps."""
     if method.startswith("torchdiffeq:"):
