@@ -107,7 +107,7 @@ class FrozenGrid(nn.Module):
     def get_extra_state(self) -> Tensor:
         """The count and the times, in a tensor whose size does not change."""
         state = torch.zeros(1 + self.LONGEST, dtype=torch.float64)
-        state[0], state[1 : 1 + len(self.solve.times)] = self.served, torch.tensor(self.solve.times)
+        state[0], state[1 : 1 + len(self.solve.times)] = self.served, state.new_tensor(self.solve.times)
         return state
 
     def set_extra_state(self, state: Tensor) -> None:
