@@ -67,6 +67,13 @@ CHAINS = {
     "inverse of an image flow": lambda: Inverse(image_bijection("conv")),
     "chain of inverses": lambda: Chain(Inverse(real_nvp()), Inverse(Inverse(real_nvp()))),
     "RealNVP in ten dimensions": lambda: real_nvp(d=10),
+    "continuous flow among couplings": lambda: Chain(
+        Standardize(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.5])),
+        redrawn(ActNorm(2)),
+        redrawn(CNF(MLPField(2, (8,)))),
+        *real_nvp(2),
+        Inverse(redrawn(CNF(MLPField(2, (4,), time="concat"), interval=(0, 0.5)))),
+    ),
     "top half of an image": lambda: redrawn(AffineCoupling(mask("top", (1, 4, 4)), net_for("conv", (1, 4, 4)))),
 }
 BUILT = {kind.__name__: lambda make=make: redrawn(make()) for kind, make in REGISTRY.items()} | CHAINS

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import image_bijection, real_nvp, two_moons_flow
+from builders import Field, image_bijection, real_nvp, two_moons_flow
 from torch import nn
 
 import cnfkit as k
@@ -23,6 +23,10 @@ LEVELS = torch.zeros(3, 2, dtype=torch.uint8)
 
 def flow() -> k.Flow:
     return two_moons_flow(layers=1)
+
+
+def cnf() -> k.CNF:
+    return k.CNF(k.MLPField(2, (4,)))
 
 
 def levels() -> k.Dequantised:
@@ -333,6 +337,219 @@ TABLE = {
     ),
     "a time that is NaN": Bad(
         lambda: k.Solve(times=(0, math.nan)), V, "times is (0, nan); wanted increasing numbers from 0 to 1"
+    ),
+    "unknown noise": Bad(
+        lambda: k.Solve(trace="hutchinson", noise="normal"), V, "noise is 'normal'; wanted one of rademacher, gaussian"
+    ),
+    "unknown reduction": Bad(lambda: k.Solve(reduction="max"), V, "reduction is 'max'; wanted one of sum, mean"),
+    "unknown method": Bad(
+        lambda: k.Solve(method="rk5"),
+        V,
+        "method is 'rk5'; wanted one of euler, midpoint, rk4, rk4_38, dopri5, torchdiff",
+    ),
+    "no method": Bad(lambda: k.Solve(method=None), V, "method is None; wanted one of euler"),
+    "unknown method of torchdiffeq": Bad(
+        lambda: k.Solve(method="torchdiffeq:rk4_38", times=(0, 1)), V, "method is 'torchdiffeq:rk4_38'; wanted one of"
+    ),
+    "an energy, not in a tuple": Bad(
+        lambda: k.Solve(energies="kinetic_energy"),
+        V,
+        "energies is 'kinetic_energy'; wanted a tuple of names, such as ('kinetic_energy',)",
+    ),
+    "unknown energy": Bad(
+        lambda: k.Solve(energies=("kinetic",)),
+        V,
+        "energies is 'kinetic'; wanted one of kinetic_energy, jacobian_energy",
+    ),
+    "energy of a Jacobian without one": Bad(
+        lambda: k.Solve(trace="none", energies=("jacobian_energy",)),
+        V,
+        "trace is 'none', but jacobian_energy needs the field's derivatives; choose another trace",
+    ),
+    "checkpoints of torchdiffeq": Bad(
+        lambda: k.Solve(method="torchdiffeq:dopri5", gradient="checkpoint"),
+        V,
+        "gradient is 'checkpoint', which torchdiffeq does not have; wanted backprop or adjoint",
+    ),
+    "adjoint of our own solver": Bad(
+        lambda: k.Solve(gradient="adjoint"),
+        V,
+        "gradient is 'adjoint' with method 'dopri5'; the adjoint comes with torchdiffeq's solvers, such as 'torch",
+    ),
+    "grid for a solver that takes none": Bad(
+        lambda: k.Solve(method="torchdiffeq:dopri5", times=(0, 1)),
+        V,
+        "times are given, but torchdiffeq:dopri5 chooses its own steps; give a tolerance",
+    ),
+    "no grid for a solver that needs one": Bad(
+        lambda: k.Solve(method="rk4"), V, "method 'rk4' takes fixed steps; give their times, such as uniform_grid(8)"
+    ),
+    "tolerance for a solver that needs a grid": Bad(
+        lambda: k.Solve(method="torchdiffeq:rk4", tolerance=1e-3), V, "method 'torchdiffeq:rk4' takes fixed steps; give"
+    ),
+    "times that end too early": Bad(
+        lambda: k.Solve(times=torch.tensor([0.0, 0.5])), V, "times is (0.0, 0.5); wanted increasing numbers from 0 to 1"
+    ),
+    "times that begin too late": Bad(
+        lambda: k.Solve(times=(0.1, 1)), V, "times is (0.1, 1); wanted increasing numbers"
+    ),
+    "the same time twice": Bad(lambda: k.Solve(times=(0, 0.5, 0.5, 1)), V, "times is (0, 0.5, 0.5, 1); wanted increas"),
+    "grid for times": Bad(lambda: k.Solve(times=k.JitteredGrid(2)), V, "times is JitteredGrid(); wanted increasing"),
+    "more times than steps": Bad(
+        lambda: k.Solve(times=k.uniform_grid(8), max_steps=7), V, "times has 8 steps, max_steps is 7"
+    ),
+    "no tolerance at all": Bad(lambda: k.Solve(tolerance=0), V, "tolerance is 0; wanted a positive number"),
+    "infinite tolerance": Bad(lambda: k.Solve(tolerance=math.inf), V, "tolerance is inf; wanted a positive number"),
+    "tolerance that is NaN": Bad(lambda: k.Solve(tolerance=math.nan), V, "tolerance is nan; wanted a positive number"),
+    "tolerance finer than the dtype": Bad(
+        lambda: cnf()(X, solve=k.Solve(tolerance=1e-8)),
+        V,
+        "tolerance is 1e-08, finer than torch.float32 resolves (5e-07); wanted a larger one, or a model and points in",
+    ),
+    "tolerance finer than the dtype of torchdiffeq": Bad(
+        lambda: cnf().inverse(X, solve=k.Solve(method="torchdiffeq:bosh3", tolerance=1e-8)),
+        V,
+        "tolerance is 1e-08, finer than torch.float32 resolves",
+    ),
+    "a name for a solve": Bad(lambda: cnf()(X, solve="rk4"), T, "CNF: solve is a str; wanted a cnfkit.Solve"),
+    "a grid for a solve": Bad(
+        lambda: flow().log_prob(X, solve=k.JitteredGrid(2)), T, "Chain: solve is a JitteredGrid; wanted a cnfkit.Solve"
+    ),
+    "a dictionary for a solve of a finite map": Bad(
+        lambda: k.Squeeze((1, 8, 8))(IMAGE, solve={}), T, "Squeeze: solve is a dict; wanted a cnfkit.Solve"
+    ),
+    "a name for a solve in sampling": Bad(
+        lambda: flow().sample(2, solve="rk4"), T, "solve is a str; wanted a cnfkit.Solve"
+    ),
+    "a name for a solve in sampling with density": Bad(
+        lambda: flow().sample_and_log_prob(2, solve="rk4"), T, "Chain: solve is a str; wanted a cnfkit.Solve"
+    ),
+    "density without a trace": Bad(
+        lambda: k.Flow(k.Normal(2), cnf()).log_prob(X, solve=k.Solve(trace="none")),
+        V,
+        "solve has trace='none', which gives points but no density; wanted exact or hutchinson",
+    ),
+    "density of levels without a trace": Bad(
+        lambda: levels().log_prob(LEVELS, solve=k.Solve(trace="none")), V, "solve has trace='none', which gives points"
+    ),
+    # grids
+    "grid of no steps": Bad(lambda: k.uniform_grid(0), V, "steps is 0; wanted a whole number of at least 1"),
+    "grid of half a step": Bad(lambda: k.uniform_grid(0.5), V, "steps is 0.5; wanted a whole number of at least 1"),
+    "jittered grid of no steps": Bad(lambda: k.JitteredGrid(0), V, "steps is 0; wanted a whole number of at least 1"),
+    "jitter of a whole step": Bad(lambda: k.JitteredGrid(4, 1.0), V, "jitter is 1.0; wanted a share in [0, 1)"),
+    "negative jitter": Bad(lambda: k.JitteredGrid(4, -0.1), V, "jitter is -0.1; wanted a share in [0, 1)"),
+    "jitter of an unknown method": Bad(lambda: k.JitteredGrid(4, method="rk5"), V, "method is 'rk5'; wanted one of"),
+    "grid that is never renewed": Bad(
+        lambda: k.FrozenGrid(every=0), V, "every is 0; wanted a whole number of at least 1"
+    ),
+    "grid of no rows": Bad(lambda: k.FrozenGrid(rows=0.5), V, "rows is 0.5; wanted a whole number of at least 1"),
+    "grid of a negative tolerance": Bad(lambda: k.FrozenGrid(-1.0), V, "tolerance is -1.0; wanted a positive number"),
+    "grid for a flow without steps": Bad(
+        lambda: k.FrozenGrid()(flow(), X), V, "FrozenGrid: the model holds no CNF, and needs no grid"
+    ),
+    # continuous flows
+    "function for a field": Bad(lambda: k.CNF(lambda t, z: z), T, "field is a function; wanted a torch.nn.Module"),
+    "field of unknown shape": Bad(
+        lambda: k.CNF(nn.Tanh()), V, "event_shape is missing, and Tanh has none; wanted a shape, such as 2"
+    ),
+    "event of no size": Bad(lambda: k.CNF(nn.Tanh(), 0), V, "event_shape is 0; wanted positive sizes"),
+    "field of another shape": Bad(
+        lambda: k.CNF(k.MLPField(2), 3), V, "event_shape is (3,), but that of the field is (2,); they must agree"
+    ),
+    "interval of no length": Bad(
+        lambda: k.CNF(k.MLPField(2), interval=(1, 1)),
+        V,
+        "interval is (1, 1); wanted two numbers, the smaller one first",
+    ),
+    "interval without an end": Bad(
+        lambda: k.CNF(k.MLPField(2), interval=(0, math.inf)), V, "interval is (0, inf); wanted two numbers, the smaller"
+    ),
+    "interval from NaN": Bad(
+        lambda: k.CNF(k.MLPField(2), interval=(math.nan, 1)), V, "interval is (nan, 1); wanted two numbers, the smaller"
+    ),
+    "a part that goes back": Bad(
+        lambda: cnf().between(0.5, 0.2), V, "interval is (0.5, 0.2); wanted two numbers, the smaller one first"
+    ),
+    "velocity of another shape": Bad(
+        lambda: k.CNF(Field(lambda t, z: z[:, :1], 2))(X),
+        V,
+        "CNF: the field Field returned shape (3, 1) for points of shape (3, 2); wanted the same",
+    ),
+    "velocity of another shape in sampling": Bad(
+        lambda: k.Flow(k.Normal(2), k.CNF(Field(lambda t, z: z.sum(), 2))).sample(3),
+        V,
+        "CNF: the field Field returned shape () for points of shape (3, 2); wanted the same",
+    ),
+    "points of another width to a continuous flow": Bad(
+        lambda: cnf()(torch.zeros(3, 4)), V, "CNF: x has shape (3, 4); wanted (*batch, 2)"
+    ),
+    "float64 to a continuous flow": Bad(
+        lambda: cnf().inverse(X.double()), T, "CNF: z has dtype torch.float64, but the parameters are torch.float32"
+    ),
+    "context to a continuous flow": Bad(lambda: cnf()(X, X), V, "CNF: context was given, but this map takes none"),
+    "field of no dimensions": Bad(lambda: k.MLPField(0), V, "dimension is 0; wanted positive sizes"),
+    "field of images": Bad(lambda: k.MLPField((1, 8, 8)), V, "dimension is (1, 8, 8); wanted one number"),
+    "field without hidden layers": Bad(lambda: k.MLPField(2, ()), V, "hidden is (); wanted positive sizes"),
+    "field of no width": Bad(lambda: k.MLPField(2, (8, 0)), V, "hidden is (8, 0); wanted positive sizes"),
+    "unknown dependence on time": Bad(
+        lambda: k.MLPField(2, time="blend"), V, "time is 'blend'; wanted one of concat, concatsquash, hyper"
+    ),
+    "activation that is not smooth": Bad(
+        lambda: k.MLPField(2, activation="relu"), V, "activation is 'relu'; wanted one of tanh, softplus"
+    ),
+    # losses and evaluations of continuous flows
+    "a name for the solve of a loss": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), solve="rk4"), T, "solve is a str; wanted a Solve or a grid"
+    ),
+    "a module that is no grid": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), solve=nn.Linear(2, 2)), T, "solve is a Linear; wanted a Solve or a grid"
+    ),
+    "a grid for the evaluation": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), evaluation=k.JitteredGrid(2)),
+        T,
+        "evaluation is a JitteredGrid; wanted a Solve",
+    ),
+    "unknown penalty": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), penalties={"kinetic": 1}),
+        V,
+        "penalties has 'kinetic'; wanted kinetic_energy or jacobian_energy",
+    ),
+    "negative weight": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), penalties={"kinetic_energy": -1}),
+        V,
+        "penalties has kinetic_energy: -1; wanted a weight of at least 0",
+    ),
+    "weight that is NaN": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), penalties={"kinetic_energy": math.nan}),
+        V,
+        "penalties has kinetic_energy: nan; wanted a weight of at least 0",
+    ),
+    "penalty of a finite flow": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), penalties={"kinetic_energy": 1})(X),
+        V,
+        "penalties has 'kinetic_energy', but the model holds no CNF that has one",
+    ),
+    "loss without a trace": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), solve=k.Solve(trace="none"))(X),
+        V,
+        "solve has trace='none', which gives",
+    ),
+    "evaluation of a map": Bad(lambda: k.evaluate(cnf(), X), T, "model is a CNF; wanted a Flow or a Dequantised"),
+    "evaluation at one point": Bad(
+        lambda: k.evaluate(flow(), X[:1]), V, "x has 1 points; a standard error needs at least 2"
+    ),
+    "evaluation by a name": Bad(
+        lambda: k.evaluate(levels(), LEVELS, solve="rk4"), T, "solve is a str; wanted a cnfkit.Solve"
+    ),
+    "evaluation without a trace": Bad(
+        lambda: k.evaluate(flow(), X, solve=k.Solve(trace="none")), V, "solve has trace='none', which gives points"
+    ),
+    "evaluation of another width": Bad(
+        lambda: k.evaluate(flow(), torch.zeros(3, 5)), V, "x has shape (3, 5); wanted (*batch, 2)"
+    ),
+    "solver error of a map": Bad(lambda: k.solver_error(cnf(), X), T, "model is a CNF; wanted a Flow or a Dequantised"),
+    "solver error by a grid": Bad(
+        lambda: k.solver_error(flow(), X, solve=k.FrozenGrid()), T, "solve is a FrozenGrid; wanted a cnfkit.Solve"
     ),
     "negative tolerance": Bad(lambda: k.Solve(tolerance=-1e-3), V, "tolerance is -0.001; wanted a positive number"),
     # checks and contract

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnfkit.bijections.base import Bijection, Result, as_shape
-from cnfkit.ode.divergence import divergence, draw_probes, products, squared_norm
+from cnfkit.ode.divergence import divergence, draw_probes, products, require_velocity, squared_norm
 from cnfkit.ode.integrate import integrate
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import Statistics
@@ -111,14 +111,10 @@ class CNF(Bijection):
             rates = []
             if solve.trace == "none":
                 v = self.field(t, z)
+                require_velocity(self.field, v, z)
             else:
                 v, rows = products(self.field, t, z, probes)
                 rates.append(divergence(rows, probes))
-            if v.shape != z.shape:
-                raise ValueError(
-                    f"CNF: the field {type(self.field).__name__} returned shape {tuple(v.shape)} for points of shape "
-                    f"{tuple(z.shape)}; wanted the same"
-                )
             for name in solve.energies:
                 if name == "kinetic_energy":
                     rates.append(0.5 * v.square().flatten(1).sum(-1) / dimensions)

@@ -39,7 +39,9 @@ def products(field: nn.Module, t: Tensor, z: Tensor, probes: Tensor | None) -> t
         The velocity, shape ``(n, *event)``, and the products, shape ``(k, n, *event)``.
     """
     if hasattr(field, "with_products"):
-        return field.with_products(t, z, probes)
+        v, rows = field.with_products(t, z, probes)
+        require_velocity(field, v, z)
+        return v, rows
     training = torch.is_grad_enabled()
     if probes is None:
         unit = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
@@ -48,11 +50,21 @@ def products(field: nn.Module, t: Tensor, z: Tensor, probes: Tensor | None) -> t
         if not (training and z.requires_grad):
             z = z.detach().requires_grad_()
         v = field(t, z)
+        require_velocity(field, v, z)
         if not v.requires_grad:  # a constant
             return v, torch.zeros_like(probes)
         options = {"create_graph": training, "retain_graph": True, "materialize_grads": True}
         rows = torch.stack([torch.autograd.grad(v, z, probe, **options)[0] for probe in probes])
     return (v, rows) if training else (v.detach(), rows)
+
+
+def require_velocity(field: nn.Module, v: Tensor, z: Tensor) -> None:
+    """Raise unless a velocity has the shape of the points: another would broadcast, and train in silence."""
+    if v.shape != z.shape:
+        raise ValueError(
+            f"CNF: the field {type(field).__name__} returned shape {tuple(v.shape)} for points of shape "
+            f"{tuple(z.shape)}; wanted the same"
+        )
 
 
 def divergence(products: Tensor, probes: Tensor | None) -> Tensor:

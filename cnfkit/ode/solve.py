@@ -86,9 +86,9 @@ class Solve:
 
     def _settle_steps(self) -> None:
         """The grid as plain numbers, the default tolerance in place, and both in keeping with the method."""
-        foreign = self.method.startswith("torchdiffeq:")
         known = [*TABLEAUX, *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_FIXED + TORCHDIFFEQ_ADAPTIVE)]
         _require_known("method", self.method, known)
+        foreign = self.method.startswith("torchdiffeq:")
         if self.gradient == "checkpoint" and foreign:
             raise ValueError("gradient is 'checkpoint', which torchdiffeq does not have; wanted backprop or adjoint")
         if self.gradient == "adjoint" and not foreign:
