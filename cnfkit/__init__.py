@@ -29,11 +29,11 @@ from cnfkit.data import Images, ToyDensity, digits, mnist, toy_density
 from cnfkit.dequantise import Dequantised, UniformDequantiser
 from cnfkit.evaluation import Evaluation, evaluate, solver_error
 from cnfkit.flow import Flow
+from cnfkit.grids import FrozenGrid, JitteredGrid, uniform_grid
 from cnfkit.losses import NegativeLogLikelihood, bits_per_dimension
 from cnfkit.nets import MLP, ConvNet
 from cnfkit.ode.cnf import CNF
 from cnfkit.ode.fields import MLPField
-from cnfkit.ode.grids import FrozenGrid, JitteredGrid, uniform_grid
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import SolveError, Statistics
 from cnfkit.settings import device, retrain, steps

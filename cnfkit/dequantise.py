@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnfkit.bijections.base import Result, concrete
 from cnfkit.flow import Flow
-from cnfkit.ode.solve import Solve
+from cnfkit.ode.solve import Solve, as_solve
 
 
 class UniformDequantiser(nn.Module):
@@ -111,7 +111,7 @@ class Dequantised(nn.Module):
             k: whole numbers, shape ``(n, *event_shape)``.
             context, solve: as in :meth:`cnfkit.Flow.log_prob`.
             draws: :math:`m`, how many dequantised points each bound rests on.
-            generator: where the noise comes from.
+            generator: where the noise comes from; where ``solve`` has its own from, unless given.
 
         Returns:
             Shape ``(n,)``.
@@ -134,6 +134,7 @@ class Dequantised(nn.Module):
             raise TypeError(f"k is a {type(k).__name__}; wanted a torch.Tensor")
         if k.dim() != 1 + len(self.event_shape) or k.shape[1:] != self.event_shape:
             raise ValueError(f"k has shape {tuple(k.shape)}; wanted (n, {', '.join(map(str, self.event_shape))})")
+        generator = generator or as_solve(solve).generator
         weights = []
         for _ in range(draws):
             y, log_q = self.dequantiser(k, generator)

@@ -60,11 +60,10 @@ def evaluate(
     _require_model(model)
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} points; a standard error needs at least 2")
-    noise = {"generator": solve.generator} if isinstance(model, Dequantised) else {}
     log_prob, evaluations = [], []
     for k in range(0, len(x), 2000):
         given = None if context is None else context[k : k + 2000]
-        part, result = model.log_prob_and_result(x[k : k + 2000], given, solve, **noise)
+        part, result = model.log_prob_and_result(x[k : k + 2000], given, solve)
         log_prob.append(part)
         evaluations.append(result.evaluations)
     nll, unit = -torch.cat(log_prob), "nats"
@@ -107,7 +106,7 @@ def solver_error(
     def log_prob(model: Flow, solve: Solve, *points: Tensor | None) -> Tensor:
         return model.log_prob(*points, replace(solve, generator=torch.Generator().manual_seed(seed)))
 
-    tight = replace(solve, method="dopri5", times=None, tolerance=1e-8, gradient="backprop")
+    tight = solve.within(1e-8)
     points = [None if part is None else as_double(part) for part in (x, context)]
     truth = log_prob(as_double(model), tight, *points)
     return (log_prob(model, solve, x, context).to(truth) - truth).abs().mean().item()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
+from cnfkit.grids import Grid
 from cnfkit.ode.solve import ENERGIES, Solve
 
 
@@ -29,7 +30,7 @@ class NegativeLogLikelihood(nn.Module):
     The penalties :math:`R_j` are the energies of the path of a CNF, see :class:`cnfkit.CNF`. With ``unit="bits"`` and
     ``Solve(reduction="mean")`` the weights are those of the RNODE paper; with nats and sums, a block of
     :math:`d_b` of the :math:`d` dimensions has :math:`\lambda = \lambda_\text{paper} \, d \log 2 / d_b`.
-    Source: Finlay et al., *How to train your neural ODE*, equation 11.
+    Source: Finlay et al., *How to train your neural ODE*, section 3.
 
     Args:
         model: a :class:`cnfkit.Flow`, or a :class:`cnfkit.Dequantised` for discrete data (then the loss is a bound).
@@ -53,7 +54,7 @@ class NegativeLogLikelihood(nn.Module):
         self,
         model: Flow | Dequantised,
         unit: str = "nats",
-        solve: Solve | nn.Module | None = None,
+        solve: Solve | Grid | None = None,
         penalties: dict[str, float] | None = None,
         evaluation: Solve | None = None,
     ) -> None:
@@ -62,13 +63,10 @@ class NegativeLogLikelihood(nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")
         if unit not in ("nats", "bits"):
             raise ValueError(f"unit is {unit!r}; wanted 'nats' or 'bits'")
-        plain = getattr(solve, "solve", solve) if isinstance(solve, nn.Module) else solve  # a grid holds a Solve
-        for name, value, given, wanted in (
-            ("solve", plain, solve, "a Solve or a grid"),
-            ("evaluation", evaluation, evaluation, "a Solve"),
-        ):
-            if value is not None and not isinstance(value, Solve):
-                raise TypeError(f"{name} is a {type(given).__name__}; wanted {wanted}")
+        if solve is not None and not isinstance(solve, Solve | Grid):
+            raise TypeError(f"solve is a {type(solve).__name__}; wanted a Solve or a grid")
+        if evaluation is not None and not isinstance(evaluation, Solve):
+            raise TypeError(f"evaluation is a {type(evaluation).__name__}; wanted a Solve")
         for name, weight in (penalties or {}).items():
             if name not in ENERGIES:
                 raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")
@@ -78,8 +76,8 @@ class NegativeLogLikelihood(nn.Module):
         self.unit = unit
         self.solve = Solve() if solve is None else solve
         self.penalties = dict(penalties or {})
-        within = {"method": "dopri5", "times": None, "tolerance": 1e-5, "gradient": "backprop"}
-        self.evaluation = evaluation or replace(plain or Solve(), **within)
+        training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
+        self.evaluation = evaluation or training.within(1e-5)
 
     def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.
@@ -93,13 +91,12 @@ class NegativeLogLikelihood(nn.Module):
         """
         if not self.training:
             solve = self.evaluation
-        elif isinstance(self.solve, Solve):
-            solve = self.solve
-        else:
+        elif isinstance(self.solve, Grid):
             solve = self.solve(self.model, batch, generator)
+        else:
+            solve = self.solve
         solve = replace(solve, generator=generator, energies=tuple(self.penalties))
-        noise = {"generator": generator} if isinstance(self.model, Dequantised) else {}
-        log_prob, result = self.model.log_prob_and_result(batch, solve=solve, **noise)
+        log_prob, result = self.model.log_prob_and_result(batch, solve=solve)
         if self.unit == "bits":
             loss = bits_per_dimension(log_prob, self.model.event_shape.numel()).mean()
         else:

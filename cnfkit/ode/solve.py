@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -83,6 +83,10 @@ class Solve:
         if self.trace == "none" and "jacobian_energy" in self.energies:
             raise ValueError("trace is 'none', but jacobian_energy needs the field's derivatives; choose another trace")
         self._settle_steps()
+
+    def within(self, tolerance: float) -> Solve:
+        """The same options, with steps that Dormand–Prince chooses within a tolerance."""
+        return replace(self, method="dopri5", times=None, tolerance=tolerance, gradient="backprop")
 
     def _settle_steps(self) -> None:
         """The grid as plain numbers, the default tolerance in place, and both in keeping with the method."""

@@ -1,7 +1,8 @@
-"""Step times: equal, jittered, or chosen by an error estimate and kept for a while."""
+"""Step times of a training: equal, jittered, or chosen by an error estimate and kept for a while."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,21 @@ def uniform_grid(steps: int) -> tuple[float, ...]:
     return tuple(k / steps for k in range(steps + 1))
 
 
-class JitteredGrid(nn.Module):
+class Grid(nn.Module, ABC):
+    """Step times that change from batch to batch: called with a model and a batch, it gives the :class:`Solve`.
+
+    Attributes:
+        solve: the one that was given last.
+    """
+
+    solve: Solve
+
+    @abstractmethod
+    def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
+        """The solve for a batch."""
+
+
+class JitteredGrid(Grid):
     r"""Equal steps whose inner times are moved at random, anew for each batch.
 
     .. math:: t_k = \frac{k + \text{jitter} \cdot (u_k - \tfrac12)}{\text{steps}}, \qquad u_k \sim \mathrm U[0, 1)
@@ -53,12 +68,11 @@ class JitteredGrid(nn.Module):
         self.solve = Solve(method=method, times=uniform_grid(steps), **options)
 
     def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
-        """The solve for a batch."""
         inner = torch.arange(1, self.steps) + self.jitter * (torch.rand(self.steps - 1, generator=generator) - 0.5)
         return replace(self.solve, times=(0.0, *(inner / self.steps).tolist(), 1.0))
 
 
-class FrozenGrid(nn.Module):
+class FrozenGrid(Grid):
     """Step times that an adaptive solver chose, kept for some batches: a fixed grid with a guard.
 
     Every so often a few rows of the batch are solved adaptively, without gradients; its step times serve until the
@@ -95,9 +109,8 @@ class FrozenGrid(nn.Module):
         """The solve for a batch, on the grid that is kept, or on a new one."""
         if self.served % self.every == 0:
             adaptive = replace(self.adaptive, generator=generator)
-            noise = {"generator": generator} if isinstance(model, Dequantised) else {}
             with torch.no_grad():
-                _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive, **noise)
+                _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive)
             if not result.stats:
                 raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
             self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))
