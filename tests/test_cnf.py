@@ -572,7 +572,9 @@ def test_a_picture_is_differentiated_pixel_by_pixel():
 def test_autograd_leaves_no_graph_where_none_is_wanted(training):
     with torch.set_grad_enabled(training):
         result = CNF(Bare(field_of()))(normal(3, 2, dtype=torch.float32), solve=GRID)
-    assert result.value.requires_grad == result.logdet.requires_grad == training
+        v, rows = products(Bare(field_of()), torch.tensor(0.5), normal(3, 2, dtype=torch.float32), None)
+    for part in (result.value, result.logdet, v, rows):
+        assert part.requires_grad == training
 
 
 def test_layers_are_their_formulas():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnfkit import CNF, MLPField, Solve, SolveError, uniform_grid
-from cnfkit.ode.integrate import integrate
+from cnfkit.ode.integrate import integrate, runge_kutta_step
 from cnfkit.ode.solve import TORCHDIFFEQ_ADAPTIVE, TORCHDIFFEQ_FIXED
 from cnfkit.ode.tableaux import TABLEAUX
 
@@ -206,6 +206,24 @@ def test_account_of_an_adaptive_solve(ends):
     assert all(a < b for a, b in pairwise(stats.times))
     at_jolt = next(b - a for a, b in pairwise(stats.times) if a <= 0.5 < b)
     assert at_jolt < 0.5 * max(b - a for a, b in pairwise(stats.times)), "shorter steps at the jolt"
+
+
+def test_every_step_that_is_taken_is_within_the_tolerance():
+    """The difference of the two methods, over the steps that were chosen, in the norm of the documentation."""
+
+    def jolt(t, z):
+        return (1 + 9 * torch.exp(-100 * (t - 0.5) ** 2)) * z.cos(), z.new_zeros(0, len(z))
+
+    z, tolerance, tableau = torch.ones(3, 2, dtype=torch.float64), 1e-6, TABLEAUX["dopri5"]
+    _, _, stats = integrate(jolt, z, 0.0, 1.0, Solve(tolerance=tolerance))
+    ratios = []
+    for t, after in pairwise(stats.times):
+        new, _, stages = runge_kutta_step(jolt, tableau, torch.tensor(t, dtype=torch.float64), after - t, z)
+        error = (after - t) * sum(e * v for e, (v, _) in zip(tableau.error, stages, strict=True))
+        ratios.append((error / (tolerance * (1 + z.abs().maximum(new.abs())))).square().mean().sqrt().item())
+        z = new
+    assert stats.rejected > 0 and max(ratios) <= 1.001
+    assert max(ratios) > 0.1, "nor are the steps much shorter than need be"
 
 
 def test_the_steps_that_were_chosen_are_a_grid():
