@@ -71,6 +71,9 @@ class JitteredGrid(Grid):
         inner = torch.arange(1, self.steps) + self.jitter * (torch.rand(self.steps - 1, generator=generator) - 0.5)
         return replace(self.solve, times=(0.0, *(inner / self.steps).tolist(), 1.0))
 
+    def extra_repr(self) -> str:
+        return f"jitter={self.jitter}, {self.solve}"
+
 
 class FrozenGrid(Grid):
     """Step times that an adaptive solver chose, kept for some batches: a fixed grid with a guard.
@@ -116,6 +119,9 @@ class FrozenGrid(Grid):
             self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))
         self.served += 1
         return self.solve
+
+    def extra_repr(self) -> str:
+        return f"every={self.every}, rows={self.rows}, method={self.solve.method!r}, {self.adaptive}"
 
     def get_extra_state(self) -> Tensor:
         """The count and the times, in a tensor whose size does not change."""

@@ -67,6 +67,8 @@ class NegativeLogLikelihood(nn.Module):
             raise TypeError(f"solve is a {type(solve).__name__}; wanted a Solve or a grid")
         if evaluation is not None and not isinstance(evaluation, Solve):
             raise TypeError(f"evaluation is a {type(evaluation).__name__}; wanted a Solve")
+        if penalties is not None and not isinstance(penalties, dict):
+            raise TypeError(f"penalties is {penalties!r}; wanted weights by name, such as {{'kinetic_energy': 0.01}}")
         for name, weight in (penalties or {}).items():
             if name not in ENERGIES:
                 raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")
@@ -78,6 +80,10 @@ class NegativeLogLikelihood(nn.Module):
         self.penalties = dict(penalties or {})
         training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
         self.evaluation = evaluation or training.within(1e-5)
+
+    def extra_repr(self) -> str:
+        penalties = "".join(f", {name}={weight}" for name, weight in self.penalties.items())
+        return f"unit={self.unit!r}{penalties}" + f", {self.solve}" * isinstance(self.solve, Solve)
 
     def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.

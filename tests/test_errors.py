@@ -456,6 +456,15 @@ TABLE = {
     "field of another shape": Bad(
         lambda: k.CNF(k.MLPField(2), 3), V, "event_shape is (3,), but that of the field is (2,); they must agree"
     ),
+    "interval that is one number": Bad(
+        lambda: k.CNF(k.MLPField(2), interval=1), V, "interval is 1; wanted two numbers, the smaller one first"
+    ),
+    "penalties without weights": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), penalties=["kinetic_energy"]),
+        T,
+        "penalties is ['kinetic_energy']; wanted weights by name",
+    ),
+    "tolerance as text": Bad(lambda: k.Solve(tolerance="1e-5"), V, "tolerance is '1e-5'; wanted a positive number"),
     "interval of no length": Bad(
         lambda: k.CNF(k.MLPField(2), interval=(1, 1)),
         V,

@@ -10,6 +10,7 @@ from builders import Counted, redrawn, seeded, two_moons_flow
 from cnfkit import (
     CNF,
     Chain,
+    CheckpointError,
     Dequantised,
     Flow,
     FrozenGrid,
@@ -417,3 +418,22 @@ def test_evaluation_has_no_gradients():
     flow.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     evaluate(flow, X)
     assert seen and not any(seen)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda flow: NegativeLogLikelihood(flow, solve=FrozenGrid(tolerance=1e-4)),
+        lambda flow: NegativeLogLikelihood(flow, solve=FrozenGrid(every=7)),
+        lambda flow: NegativeLogLikelihood(flow, solve=JitteredGrid(4)),
+        lambda flow: NegativeLogLikelihood(flow, solve=FrozenGrid(), penalties={"kinetic_energy": 0.1}),
+    ],
+    ids=["tolerance", "every", "kind", "penalty"],
+)
+def test_resume_refuses_another_loss(tmp_path, other):
+    flow = Flow(Normal(2), CNF(MLPField(2, (4,))))
+    data = torch.randn(64, 2, generator=seeded())
+    options = {"steps": 2, "batch": 32, "validation": 0, "checkpoint": tmp_path / "run.safetensors", "progress": False}
+    fit(NegativeLogLikelihood(flow, solve=FrozenGrid()), data, **options)
+    with pytest.raises(CheckpointError, match="another model"):
+        fit(other(flow), data, **options)

@@ -64,10 +64,13 @@ class CNF(Bijection):
         if own is not None and as_shape("event_shape", own) != shape:
             raise ValueError(f"event_shape is {tuple(shape)}, but that of the field is {tuple(own)}; they must agree")
         super().__init__(shape)
-        t0, t1 = interval
+        try:
+            t0, t1 = map(float, interval)
+        except (TypeError, ValueError):
+            t0, t1 = math.nan, math.nan
         if not -math.inf < t0 < t1 < math.inf:
             raise ValueError(f"interval is {interval!r}; wanted two numbers, the smaller one first")
-        self.field, self.interval = field, (float(t0), float(t1))
+        self.field, self.interval = field, (t0, t1)
 
     def between(self, t0: float, t1: float) -> CNF:
         """The part of this flow from one time to a later one; it shares the field.

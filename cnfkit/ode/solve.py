@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -57,7 +57,7 @@ class Solve:
     trace: str = "exact"
     probes: int = 1
     noise: str = "rademacher"
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = field(default=None, repr=False)  # its repr is an address
     method: str = "dopri5"
     times: tuple[float, ...] | None = None
     tolerance: float | None = None
@@ -121,7 +121,7 @@ class Solve:
             raise ValueError(f"method {self.method!r} takes fixed steps; give their times, such as uniform_grid(8)")
         elif self.tolerance is None:
             object.__setattr__(self, "tolerance", 1e-5)
-        elif not 0 < self.tolerance < math.inf:
+        elif not isinstance(self.tolerance, int | float) or not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance is {self.tolerance!r}; wanted a positive number")
 
 
