@@ -173,6 +173,11 @@ def flow_contract(
         samples, log_prob = draw(f, 200, one64, solve)
         error = (log_prob - f.log_prob(samples, None if one is None else one64.expand(200, -1), solve)).abs()
         check("sampling reports the log-density of its samples", error, below=100 * tolerance)
+        one_seed = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        given = ((), one64) if one is not None else (20, None)
+        alone = f.sample(*given, solve, generator=one_seed[0])
+        error = _relative(alone, f.sample_and_log_prob(*given, solve, generator=one_seed[1])[0])
+        check("sampling gives the same points without their density", error, below=100 * tolerance)
         if flow.event_shape.numel() <= 2:
             enough = _loosened(solve, 1e-3)  # the integrals are judged to a hundredth, in the flow's own precision
             _check_integrals(flow, draw(flow, 20_000, one, enough)[0], one, enough, support)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class Dequantised(nn.Module):
             k: whole numbers, shape ``(n, *event_shape)``.
             context, solve: as in :meth:`cnfkit.Flow.log_prob`.
             draws: :math:`m`, how many dequantised points each bound rests on.
-            generator: where the noise comes from; where ``solve`` has its own from, unless given.
+            generator: where all noise of the call comes from; that of ``solve`` unless given.
 
         Returns:
             Shape ``(n,)``.
@@ -135,6 +136,7 @@ class Dequantised(nn.Module):
         if k.dim() != 1 + len(self.event_shape) or k.shape[1:] != self.event_shape:
             raise ValueError(f"k has shape {tuple(k.shape)}; wanted (n, {', '.join(map(str, self.event_shape))})")
         generator = generator or as_solve(solve).generator
+        solve = replace(as_solve(solve), generator=generator)
         weights = []
         for _ in range(draws):
             y, log_q = self.dequantiser(k, generator)

@@ -99,8 +99,7 @@ class Flow(nn.Module):
 
         Arguments and errors as in :meth:`log_prob`.
         """
-        if solve is not None and getattr(solve, "trace", None) == "none":
-            raise ValueError("solve has trace='none', which gives points but no density; wanted exact or hutchinson")
+        _require_density(solve)
         result = self(x, context, solve)
         return self.base.log_prob(result.value) + result.logdet, result
 
@@ -117,17 +116,23 @@ class Flow(nn.Module):
             n: how many points, a number or a batch shape; with a context, how many for each of its rows.
             context: what the density is conditioned on, shape ``(*rows, features)``.
             solve: how to solve an ODE, if the flow holds one.
-            generator: where the base's noise comes from.
+            generator: where the base's noise comes from, and that of Hutchinson's probes unless ``solve`` has its own.
 
         Returns:
             Points of shape ``(*n, *rows, *event_shape)`` and log-densities of shape ``(*n, *rows)``.
         """
+        _require_density(solve)
+        return self._draw(n, context, solve, generator)
+
+    def _draw(self, n, context, solve: Solve | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         batch = as_batch(n)
         if context is not None:
             check_context("Flow", context, context.shape[:-1] if isinstance(context, Tensor) else (), self.base.like)
             context = context.expand(*batch, *context.shape)
             batch = context.shape[:-1]
         z = self.base.sample(batch, generator)
+        if generator is not None and as_solve(solve).generator is None:
+            solve = replace(as_solve(solve), generator=generator)
         result = self.bijection.inverse(z, context, solve)
         return result.value, self.base.log_prob(z) - result.logdet
 
@@ -143,7 +148,7 @@ class Flow(nn.Module):
         An ODE is solved for the points alone, without the divergence of its field.
         """
         solve = replace(as_solve(solve), trace="none", energies=())
-        return self.rsample_and_log_prob(n, context, solve, generator)[0]
+        return self._draw(n, context, solve, generator)[0]
 
     @torch.no_grad()
     def sample_and_log_prob(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -154,3 +159,8 @@ class Flow(nn.Module):
     def sample(self, *args, **kwargs) -> Tensor:
         """Points, without gradients; arguments as :meth:`rsample_and_log_prob`."""
         return self.rsample(*args, **kwargs)
+
+
+def _require_density(solve: Solve | None) -> None:
+    if as_solve(solve).trace == "none":
+        raise ValueError("solve has trace='none', which gives points but no density; wanted exact or hutchinson")

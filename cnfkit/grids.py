@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
-from cnfkit.ode.solve import Solve
+from cnfkit.ode.solve import Solve, as_count
 
 Model = Flow | Dequantised
 
@@ -21,8 +21,7 @@ def uniform_grid(steps: int) -> tuple[float, ...]:
     >>> uniform_grid(4)
     (0.0, 0.25, 0.5, 0.75, 1.0)
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; wanted a whole number of at least 1")
+    steps = as_count("steps", steps)
     return tuple(k / steps for k in range(steps + 1))
 
 
@@ -30,7 +29,7 @@ class Grid(nn.Module, ABC):
     """Step times that change from batch to batch: called with a model and a batch, it gives the :class:`Solve`.
 
     Attributes:
-        solve: the one that was given last.
+        solve: its options; the times are those of a :class:`FrozenGrid`'s last batch, and equal ones before.
     """
 
     solve: Solve
@@ -68,7 +67,9 @@ class JitteredGrid(Grid):
         self.solve = Solve(method=method, times=uniform_grid(steps), **options)
 
     def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
-        inner = torch.arange(1, self.steps) + self.jitter * (torch.rand(self.steps - 1, generator=generator) - 0.5)
+        device = None if generator is None else generator.device
+        noise = torch.rand(self.steps - 1, generator=generator, device=device).cpu()
+        inner = torch.arange(1, self.steps) + self.jitter * (noise - 0.5)
         return replace(self.solve, times=(0.0, *(inner / self.steps).tolist(), 1.0))
 
     def extra_repr(self) -> str:
@@ -79,8 +80,8 @@ class FrozenGrid(Grid):
     """Step times that an adaptive solver chose, kept for some batches: a fixed grid with a guard.
 
     Every so often a few rows of the batch are solved adaptively, without gradients; its step times serve until the
-    next time. A field that becomes too fast for them gets new ones. With several CNFs in the model, those of the one
-    that took the most steps serve all. The times and the count are part of the ``state_dict``.
+    next time, when a field that has become too fast for them gets new ones. With several CNFs in the model, those of
+    the one that took the most steps serve all. The times and the count are part of the ``state_dict``.
 
     Args:
         tolerance: of the adaptive solve.
@@ -100,11 +101,8 @@ class FrozenGrid(Grid):
         self, tolerance: float = 1e-2, every: int = 25, rows: int = 64, method: str = "dopri5", **options
     ) -> None:
         super().__init__()
-        for name, value in (("every", every), ("rows", rows)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
-        self.every, self.rows = every, rows
-        self.adaptive = Solve(tolerance=tolerance, max_steps=self.LONGEST - 1, **options)
+        self.every, self.rows = as_count("every", every), as_count("rows", rows)
+        self.adaptive = Solve(tolerance=tolerance, **options | {"max_steps": self.LONGEST - 1, "gradient": "backprop"})
         self.solve = Solve(method=method, times=uniform_grid(1), **options)
         self.served = 0
 

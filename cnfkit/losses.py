@@ -79,11 +79,15 @@ class NegativeLogLikelihood(nn.Module):
         self.solve = Solve() if solve is None else solve
         self.penalties = dict(penalties or {})
         training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
-        self.evaluation = evaluation or training.within(1e-5)
+        if training.energies:
+            raise ValueError(f"solve has energies {training.energies}; name them in penalties, with weight 0 to watch")
+        fine = training.tolerance is not None and training.tolerance <= 1e-5
+        self.evaluation = evaluation or (training if fine else training.within(1e-5))
 
     def extra_repr(self) -> str:
         penalties = "".join(f", {name}={weight}" for name, weight in self.penalties.items())
-        return f"unit={self.unit!r}{penalties}" + f", {self.solve}" * isinstance(self.solve, Solve)
+        solve = f", {self.solve}" * isinstance(self.solve, Solve)
+        return f"unit={self.unit!r}{penalties}{solve}, evaluation={self.evaluation}"
 
     def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.
@@ -101,7 +105,7 @@ class NegativeLogLikelihood(nn.Module):
             solve = self.solve(self.model, batch, generator)
         else:
             solve = self.solve
-        solve = replace(solve, generator=generator, energies=tuple(self.penalties))
+        solve = replace(solve, generator=generator or solve.generator, energies=tuple(self.penalties))
         log_prob, result = self.model.log_prob_and_result(batch, solve=solve)
         if self.unit == "bits":
             loss = bits_per_dimension(log_prob, self.model.event_shape.numel()).mean()

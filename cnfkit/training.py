@@ -166,7 +166,7 @@ class _Run:
         loss.backward()
         self.whole = False
         self.optimizer.step()
-        for name, value in {"loss": loss.detach(), **terms}.items():
+        for name, value in {**terms, "loss": loss.detach()}.items():
             self.recent[name] = self.recent[name] + value if name in self.recent else value
         self.step, self.before = self.step + 1, {}
         if self.step * self.records // self.steps > (self.step - 1) * self.records // self.steps:

@@ -312,7 +312,7 @@ def concrete(value: Tensor) -> bool:
 def as_double(value: nn.Module | Tensor) -> nn.Module | Tensor:
     """A float64 copy, on the CPU where the device has no float64."""
     copied = copy.deepcopy(value)
-    tensor = value if isinstance(value, Tensor) else next(iter(value.state_dict(keep_vars=True).values()), None)
+    tensor = value if isinstance(value, Tensor) else next(chain(value.parameters(), value.buffers()), None)
     if tensor is not None and tensor.device.type == "mps":
         copied = copied.to("cpu")
     return copied.double()

@@ -33,13 +33,16 @@ class CNF(Bijection):
 
     Args:
         field: a module that takes a time, a scalar tensor, and points, shape ``(n, *event_shape)``, and returns
-            velocities of the same shape. No point's velocity may depend on another point.
+            velocities of the same shape. No point's velocity may depend on another point. A field that has
+            ``with_products(t, z, probes)``, see :class:`cnfkit.MLPField`, gives velocity and divergence in one pass;
+            any other is differentiated by autograd.
         event_shape: the shape of one point; the field's own ``event_shape`` unless given.
         interval: :math:`(t_0, t_1)`.
 
     Raises:
-        TypeError: if ``field`` is no module.
-        ValueError: if the event shape is not known, or the interval is empty; on a call, if the field returns another
+        TypeError: if ``field`` is no module, or overrides ``forward`` and inherits ``with_products``; on a call, if it
+            returns another dtype.
+        ValueError: if the event shape is not known, or the interval goes back; on a call, if the field returns another
             shape.
         SolveError: on a call, if the solve cannot be finished.
 
@@ -57,6 +60,12 @@ class CNF(Bijection):
     ) -> None:
         if not isinstance(field, nn.Module):
             raise TypeError(f"field is a {type(field).__name__}; wanted a torch.nn.Module")
+        with_products, forward = (_definer(type(field), name) for name in ("with_products", "forward"))
+        if with_products is not None and forward is not with_products and issubclass(forward, with_products):
+            raise TypeError(
+                f"field: {forward.__name__} overrides forward, but has with_products from {with_products.__name__}; "
+                "wanted both of one class, since they must describe one field"
+            )
         own = getattr(field, "event_shape", None)
         if event_shape is None and own is None:
             raise ValueError(f"event_shape is missing, and {type(field).__name__} has none; wanted a shape, such as 2")
@@ -68,7 +77,7 @@ class CNF(Bijection):
             t0, t1 = map(float, interval)
         except (TypeError, ValueError):
             t0, t1 = math.nan, math.nan
-        if not -math.inf < t0 < t1 < math.inf:
+        if not -math.inf < t0 <= t1 < math.inf:
             raise ValueError(f"interval is {interval!r}; wanted two numbers, the smaller one first")
         self.field, self.interval = field, (t0, t1)
 
@@ -77,6 +86,8 @@ class CNF(Bijection):
 
         A flow from the base through the part from ``t`` to the end is the density at time ``t``.
         """
+        if not self.interval[0] <= t0 <= t1 <= self.interval[1]:
+            raise ValueError(f"t0, t1 are {t0!r}, {t1!r}; wanted times in order, within {self.interval}")
         return CNF(self.field, self.event_shape, (t0, t1))
 
     def _forward(self, x: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
@@ -86,16 +97,22 @@ class CNF(Bijection):
         return self._integrate(z, *reversed(self.interval), solve or Solve())
 
     def _integrate(self, points: Tensor, start: float, end: float, solve: Solve) -> Result:
+        if torch.is_inference_mode_enabled():  # where autograd records nothing, not even for a divergence
+            with torch.inference_mode(False), torch.no_grad():
+                return self._integrate(points.clone(), start, end, solve)
         batch = points.shape[: points.dim() - len(self.event_shape)]
         z = points.reshape(-1, *self.event_shape)
         traced, m = solve.trace != "none", len(solve.energies) + (solve.trace != "none")
-        if not len(z):
-            value, integrals, stats = z, z.new_zeros(m, 0), Statistics()
+        if not len(z) or start == end:
+            value, integrals, stats = z, z.new_zeros(m, len(z)), Statistics()
         else:
-            controlled = 1 if solve.trace == "exact" else 0
+            control = solve.trace == "exact" if solve.control_logdet is None else solve.control_logdet
+            controlled = int(traced and control)
             parameters = tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
             dynamics = self._dynamics(solve, draw_probes(solve, z))
             value, integrals, stats = integrate(dynamics, z, start, end, solve, m, controlled, parameters)
+            if traced and not controlled and solve.tolerance is not None:
+                stats.status = "points within tolerance"
         logdet = integrals[0] if traced else z.new_full((len(z),), math.nan)
         sign = 1.0 if end > start else -1.0  # an energy is that of the path, whichever way it is gone
         energies = zip(solve.energies, integrals[traced:], strict=True)
@@ -130,3 +147,8 @@ class CNF(Bijection):
     def extra_repr(self) -> str:
         interval = "" if self.interval == (0.0, 1.0) else f", interval={self.interval}"
         return super().extra_repr() + interval
+
+
+def _definer(kind: type, name: str) -> type | None:
+    """The class in which a class finds an attribute."""
+    return next((parent for parent in kind.__mro__ if name in vars(parent)), None)

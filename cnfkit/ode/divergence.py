@@ -43,6 +43,8 @@ def products(field: nn.Module, t: Tensor, z: Tensor, probes: Tensor | None) -> t
         require_velocity(field, v, z)
         return v, rows
     training = torch.is_grad_enabled()
+    if training and not (z.requires_grad or any(parameter.requires_grad for parameter in field.parameters())):
+        training = field(t, z).requires_grad  # by a tensor that the field holds; else the graph is kept for nobody
     if probes is None:
         unit = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
         probes = unit.view(-1, 1, *z.shape[1:]).expand(-1, *z.shape)
@@ -59,11 +61,15 @@ def products(field: nn.Module, t: Tensor, z: Tensor, probes: Tensor | None) -> t
 
 
 def require_velocity(field: nn.Module, v: Tensor, z: Tensor) -> None:
-    """Raise unless a velocity has the shape of the points: another would broadcast, and train in silence."""
+    """Raise unless a velocity has the shape and dtype of the points: others would broadcast or promote in silence."""
     if v.shape != z.shape:
         raise ValueError(
             f"CNF: the field {type(field).__name__} returned shape {tuple(v.shape)} for points of shape "
             f"{tuple(z.shape)}; wanted the same"
+        )
+    if v.dtype != z.dtype:
+        raise TypeError(
+            f"CNF: the field {type(field).__name__} returned {v.dtype} for points of {z.dtype}; wanted the same"
         )
 
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from cnfkit.bijections.base import as_shape
 
 
-class Concat(nn.Linear):
+class _TimeLinear(nn.Linear):
+    """A linear layer that the time changes: ``at(t)`` is the common layer that it is at time ``t``."""
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return F.linear(h, *self.at(t))
+
+
+class Concat(_TimeLinear):
     r"""A layer that sees the time as one more input.
 
     .. math:: h \mapsto W h + b + t\, w
@@ -30,7 +37,7 @@ class Concat(nn.Linear):
         return self.weight[:, :-1], self.bias + t * self.weight[:, -1]
 
 
-class ConcatSquash(nn.Linear):
+class ConcatSquash(_TimeLinear):
     r"""A layer whose output the time scales and shifts.
 
     .. math:: h \mapsto \sigma(t\, g + g_0) \odot (W h + b) + t\, w, \qquad \sigma(a) = \frac{1}{1 + e^{-a}}

@@ -186,7 +186,7 @@ def _adaptively(
             errors = [h * _weighted(tableau.error, part) for part in zip(*stages, strict=True)]
         return new, integral, stages[-1], errors
 
-    h = min(_first_step(dynamics, start, sign, z, first, tableau.order, tolerance, controlled), length)
+    h = min(_first_step(dynamics, start, sign * length, z, first, tableau.order, tolerance, controlled), length)
     total, passed, shares, may_grow = torch.zeros_like(first[1]), 0.0, [0.0], True
     while passed < length:
         tried = stats.accepted + stats.rejected
@@ -236,13 +236,14 @@ def _error(errors, z, new, total, integral, tolerance, controlled) -> float:
 
 
 @torch.no_grad()
-def _first_step(dynamics, start, sign, z, first, order, tolerance, controlled) -> float:
+def _first_step(dynamics, start, way, z, first, order, tolerance, controlled) -> float:
     """A step that is safe to begin with; Hairer, Nørsett and Wanner, section II.4, algorithm 4.14."""
     v, rates = first[0], first[1][:controlled]
     zero = torch.zeros_like(rates)
     d0 = _scaled([(z, z.abs()), (zero, zero)], tolerance)
     d1 = _scaled([(v, z.abs()), (rates, zero)], tolerance)
-    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    sign, length = math.copysign(1.0, way), abs(way)
+    h0 = min(0.01 * d0 / d1 if d0 >= 1e-5 and 1e-5 <= d1 < math.inf else 1e-6, length)
     v1, rates1 = dynamics(start + sign * h0, z + sign * h0 * v)
     d2 = _scaled([(v1 - v, z.abs()), (rates1[:controlled] - rates, zero)], tolerance) / h0
     largest = max(d1, d2)
@@ -259,7 +260,6 @@ def _by_torchdiffeq(
     shares, options = (0.0, 1.0), {"method": method}
     if adapts(solve.method):
         options |= {"rtol": solve.tolerance, "atol": solve.tolerance}
-        options["options"] = {"norm": lambda state: _norm(state, controlled), "max_num_steps": solve.max_steps}
     else:
         shares = solve.times if end > start else tuple(1 - share for share in reversed(solve.times))
         dynamics.stats.accepted, dynamics.stats.times = len(shares) - 1, solve.times
@@ -267,6 +267,9 @@ def _by_torchdiffeq(
     if solve.gradient == "adjoint":
         solver, options["adjoint_params"] = torchdiffeq.odeint_adjoint, parameters
     grid = z.new_tensor([start + (end - start) * share for share in shares])
+    if adapts(solve.method):  # it would step past the end and interpolate back, unless the end is a time to step to
+        norm = {"norm": lambda state: _norm(state, controlled), "max_num_steps": solve.max_steps, "step_t": grid}
+        options["options"] = norm | ({"dtype": torch.float32} if z.device.type == "mps" else {})
     state = (z, z.new_zeros(rates, len(z))) if rates else (z,)
 
     def system(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -276,12 +279,12 @@ def _by_torchdiffeq(
         path = solver(system, state, grid, **options)
     except AssertionError as error:  # how torchdiffeq says that it cannot go on
         raise SolveError(
-            f"torchdiffeq's {method} stopped ({str(error).splitlines()[0]}); it had begun",
+            f"torchdiffeq's {method} stopped ({(str(error) or 'an assertion failed').splitlines()[0]}); it had begun",
             start,
             0,
             _largest(z),
             "try a larger tolerance or max_steps, or penalties on the path",
-        ) from None
+        ) from error
     z, total = path[0][-1], path[1][-1] if rates else z.new_zeros(0, len(z))
     if concrete(z) and not _finite(z, total):
         bad = next(k for k in range(len(grid)) if not _finite(*(part[k] for part in path)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -15,7 +17,7 @@ TRACES = ("exact", "hutchinson", "none")
 NOISES = ("rademacher", "gaussian")
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
 ENERGIES = ("kinetic_energy", "jacobian_energy")
-TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun3", "rk4", "explicit_adams", "implicit_adams")
+TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun3", "rk4")  # those of Adams are wrong on unequal steps
 TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
@@ -25,8 +27,7 @@ class Solve:
 
     A solver either takes the steps of a fixed grid, ``times``, or chooses its own so that the error that it estimates
     for each of them, in the root mean square over all numbers of the batch, stays below
-    :math:`\text{tolerance} \cdot (1 + |z|)`. The log-determinant counts among the numbers when the trace is exact, and
-    not with Hutchinson, else the steps would depend on the noise.
+    :math:`\text{tolerance} \cdot (1 + |z|)`.
 
     Attributes:
         trace: how the divergence of the field is found: ``"exact"``; ``"hutchinson"``, an unbiased estimate; ``"none"``
@@ -38,8 +39,11 @@ class Solve:
             ``"torchdiffeq:NAME"`` for a solver of torchdiffeq.
         times: the step times of a fixed grid, as shares of the whole interval: increasing from 0 to 1.
         tolerance: the error tolerance of an adaptive solver; 1e-5 unless ``times`` or ``tolerance`` is given.
+        control_logdet: whether the log-determinant counts among the numbers; unless given, it does when the trace is
+            exact, and does not with Hutchinson, where the steps would depend on the noise.
         gradient: how the solve is differentiated: ``"backprop"``; ``"checkpoint"``, the same with one state a step in
-            memory, for a second evaluation; ``"adjoint"``, with torchdiffeq's solvers.
+            memory, for a second evaluation of a field that must be deterministic; ``"adjoint"``, with torchdiffeq's
+            solvers, with respect to the points and the field's parameters alone.
         energies: which energies of the path to integrate, of ``"kinetic_energy"`` and ``"jacobian_energy"``.
         reduction: ``"sum"`` over the dimensions in the energies, or their ``"mean"``.
         max_steps: a bound on the number of steps.
@@ -61,6 +65,7 @@ class Solve:
     method: str = "dopri5"
     times: tuple[float, ...] | None = None
     tolerance: float | None = None
+    control_logdet: bool | None = None
     gradient: str = "backprop"
     energies: tuple[str, ...] = ()
     reduction: str = "sum"
@@ -72,12 +77,14 @@ class Solve:
         _require_known("gradient", self.gradient, GRADIENTS)
         _require_known("reduction", self.reduction, ("sum", "mean"))
         for name, value in (("probes", self.probes), ("max_steps", self.max_steps)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
+            object.__setattr__(self, name, as_count(name, value))
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator is a {type(self.generator).__name__}; wanted a torch.Generator")
         if isinstance(self.energies, str):
             raise ValueError(f"energies is {self.energies!r}; wanted a tuple of names, such as ({self.energies!r},)")
+        if not isinstance(self.energies, Iterable):
+            raise TypeError(f"energies is {self.energies!r}; wanted a tuple of names")
+        object.__setattr__(self, "energies", tuple(self.energies))
         for name in self.energies:
             _require_known("energies", name, ENERGIES)
         if self.trace == "none" and "jacobian_energy" in self.energies:
@@ -85,8 +92,20 @@ class Solve:
         self._settle_steps()
 
     def within(self, tolerance: float) -> Solve:
-        """The same options, with steps that Dormand–Prince chooses within a tolerance."""
-        return replace(self, method="dopri5", times=None, tolerance=tolerance, gradient="backprop")
+        """The same options with steps that Dormand–Prince chooses, so that all numbers stay within a tolerance.
+
+        For judging: the log-determinant is controlled with Hutchinson too.
+        """
+        steps = {"method": "dopri5", "times": None, "tolerance": tolerance, "max_steps": max(self.max_steps, 10_000)}
+        return replace(self, **steps, control_logdet=True, gradient="backprop")
+
+    def on(self, times: Iterable[float], method: str = "rk4") -> Solve:
+        """The same options on a fixed grid.
+
+        >>> Solve(trace="hutchinson").on([0, 0.5, 1]).times
+        (0.0, 0.5, 1.0)
+        """
+        return replace(self, method=method, times=times, tolerance=None)
 
     def _settle_steps(self) -> None:
         """The grid as plain numbers, the default tolerance in place, and both in keeping with the method."""
@@ -121,8 +140,25 @@ class Solve:
             raise ValueError(f"method {self.method!r} takes fixed steps; give their times, such as uniform_grid(8)")
         elif self.tolerance is None:
             object.__setattr__(self, "tolerance", 1e-5)
-        elif not isinstance(self.tolerance, int | float) or not 0 < self.tolerance < math.inf:
-            raise ValueError(f"tolerance is {self.tolerance!r}; wanted a positive number")
+        else:
+            try:
+                tolerance = math.nan if isinstance(self.tolerance, str) else float(self.tolerance)
+            except (TypeError, ValueError):
+                tolerance = math.nan
+            if not 0 < tolerance < math.inf:
+                raise ValueError(f"tolerance is {self.tolerance!r}; wanted a positive number")
+            object.__setattr__(self, "tolerance", tolerance)
+
+
+def as_count(name: str, value: int) -> int:
+    """``value`` as a number of at least 1, or a ``ValueError`` that names the argument."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
+    return count
 
 
 def as_solve(solve: Solve | None) -> Solve:

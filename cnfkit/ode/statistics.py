@@ -15,8 +15,8 @@ class Statistics:
         accepted: the steps that were taken.
         rejected: the steps that an adaptive solver tried in vain.
         times: where the steps ended, as shares of the whole interval, from 0 to 1; empty for torchdiffeq's own steps.
-        status: ``"within tolerance"``, or ``"on a grid"``, where the error is not known: see
-            :func:`cnfkit.solver_error`.
+        status: ``"within tolerance"``; ``"points within tolerance"`` if the log-determinant was not controlled; or
+            ``"on a grid"``, where the error is not known, see :func:`cnfkit.solver_error`.
     """
 
     evaluations: int = 0
@@ -37,5 +37,9 @@ class SolveError(FloatingPointError):
     """
 
     def __init__(self, what: str, t: float, step: int, norm: float, remedy: str) -> None:
-        super().__init__(f"{what} at t = {t:.6g}, after {step} steps, where max|z| = {norm:.3g}; {remedy}")
+        super().__init__(what, t, step, norm, remedy)  # so that it can be pickled
         self.t, self.step, self.norm = t, step, norm
+
+    def __str__(self) -> str:
+        what, t, step, norm, remedy = self.args
+        return f"{what} at t = {t:.6g}, after {step} steps, where max|z| = {norm:.3g}; {remedy}"
