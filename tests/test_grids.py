@@ -233,7 +233,8 @@ def test_evaluation_has_the_trace_of_training(kind):
     solve = {"a solve": lambda: Solve(times=(0, 1), gradient="checkpoint", **options),
              "jittered": lambda: JitteredGrid(2, **options),
              "frozen": lambda: FrozenGrid(**options)}[kind]()  # fmt: skip
-    assert NegativeLogLikelihood(model(), solve=solve).evaluation == Solve(tolerance=1e-5, **options)
+    wanted = Solve(tolerance=1e-5, control_logdet=True, **options)
+    assert NegativeLogLikelihood(model(), solve=solve).evaluation == wanted
 
 
 def test_probes_and_times_come_from_the_generator_of_the_batch():
@@ -392,7 +393,7 @@ def test_the_solver_error_leaves_the_model_as_it_is():
     before = [parameter.clone() for parameter in flow.parameters()]
     solver_error(flow, X)
     assert all(a.equal(b) for a, b in zip(before, flow.parameters(), strict=True))
-    assert flow.double() is flow and solver_error(flow, X.double(), solve=Solve(tolerance=1e-8)) < 1e-12
+    assert flow.double() is flow and solver_error(flow, X.double(), solve=Solve(tolerance=1e-8)) < 1e-8
 
 
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])

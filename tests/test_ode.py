@@ -14,7 +14,7 @@ from cnfkit.ode.integrate import integrate, runge_kutta_step
 from cnfkit.ode.solve import TORCHDIFFEQ_ADAPTIVE, TORCHDIFFEQ_FIXED
 from cnfkit.ode.tableaux import TABLEAUX
 
-FIXED = [*TABLEAUX, *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_FIXED if name != "implicit_adams")]
+FIXED = [*TABLEAUX, *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_FIXED)]
 ADAPTIVE = ["dopri5", *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_ADAPTIVE)]
 STAGES = {"euler": 1, "midpoint": 2, "rk4": 4, "rk4_38": 4, "dopri5": 6}  # without the one for the error alone
 
@@ -164,7 +164,7 @@ def test_torchdiffeq_takes_the_same_steps(ours, theirs, ends):
     assert a[2] == b[2], "the same account"
 
 
-@pytest.mark.parametrize("method", [*FIXED, "torchdiffeq:implicit_adams"])
+@pytest.mark.parametrize("method", FIXED)
 def test_every_fixed_method_comes_close(method):
     assert max(errors(on_grid(method, 300))) < (5e-3 if "euler" in method else 1e-5)
 
@@ -174,10 +174,11 @@ def test_every_fixed_method_comes_close(method):
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_the_error_follows_the_tolerance(method):
-    tolerances = (1e-2, 1e-4, 1e-6)
+    # one step of order 8 is good to 1e-6 here, whatever is asked for
+    tolerances = (1e-5, 1e-7, 1e-9) if method.endswith("dopri8") else (1e-2, 1e-4, 1e-6)
     measured = [max(errors(Solve(method=method, tolerance=tolerance))) for tolerance in tolerances]
-    # torchdiffeq steps past the end and interpolates back, which has an error of its own
-    most = 1 if method == "dopri5" else 200
+    # the step's error as fehlberg2 estimates it is much too small
+    most = 1 if method == "dopri5" else 200 if method.endswith("fehlberg2") else 2
     assert all(error < most * tolerance for error, tolerance in zip(measured, tolerances, strict=True)), measured
     assert measured[0] > 50 * measured[-1], measured
 
