@@ -61,11 +61,12 @@ def evaluate(
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} points; a standard error needs at least 2")
     rows = as_count("rows", rows)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         return _evaluate(model.eval(), x, context, solve, rows)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _evaluate(model: Flow | Dequantised, x: Tensor, context: Tensor | None, solve: Solve, rows: int) -> Evaluation:

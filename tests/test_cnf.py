@@ -25,6 +25,7 @@ from cnfkit import (
     SolveError,
     Standardize,
     bijection_contract,
+    evaluate,
     fit,
     flow_contract,
     load,
@@ -325,6 +326,23 @@ def test_the_inverse_of_a_continuous_flow():
     assert turned.value.equal(plain.value) and turned.logdet.equal(plain.logdet) and turned.stats[0].accepted == 4
 
 
+@pytest.mark.parametrize("trace", ["exact", "hutchinson", "none"])
+def test_a_part_of_no_length_is_the_identity(trace):
+    """So the density at the time of the base is the base's."""
+    field, x = Counted(field_of()), normal(4, 2, dtype=torch.float32)
+    last = CNF(field, interval=(-1.0, 1.0)).between(1, 1)
+    energies = BOTH[:1] if trace == "none" else BOTH
+    for go in (last, last.inverse):
+        for steps in (dict(), dict(times=(0, 1)), dict(method="torchdiffeq:dopri5")):
+            result = go(x, solve=Solve(trace=trace, energies=energies, **steps))
+            assert result.value.equal(x) and list(result.penalties) == list(energies)
+            assert result.logdet.isnan().all() if trace == "none" else not result.logdet.any()
+            assert not any(energy.any() for energy in result.penalties.values())
+    assert field.plain == field.with_rows == 0
+    flow = Flow(Normal(2), last)
+    assert flow.log_prob(x).equal(flow.base.log_prob(x))
+
+
 # Gradients against finite differences
 
 TRACES = {
@@ -484,6 +502,18 @@ def test_no_probes_where_none_are_needed(trace):
     assert draw_probes(Solve(trace=trace), torch.zeros(3, 2)) is None
 
 
+def test_the_generator_of_a_call_is_that_of_the_probes():
+    """Unless the solve has its own."""
+    flow, state = Flow(Normal(3), CNF(field_of(3))), torch.get_rng_state()
+    solve = Solve(trace="hutchinson", times=uniform_grid(2))
+    for draw in (flow.sample_and_log_prob, flow.rsample_and_log_prob):
+        (x, first), (_, again) = (draw(5, solve=solve, generator=seeded()) for _ in range(2))
+        own = Solve(trace="hutchinson", times=uniform_grid(2), generator=seeded(1))
+        y, other = draw(5, solve=own, generator=seeded())
+        assert first.equal(again) and y.equal(x) and not first.equal(other)
+    assert torch.get_rng_state().equal(state)
+
+
 def test_probes_are_averaged_over():
     field, z, t = field_of(3).double(), normal(5, 3), torch.tensor(0.3, dtype=D)
     probes = draw_probes(Solve(trace="hutchinson", probes=3, generator=seeded()), z)
@@ -502,6 +532,25 @@ def test_the_steps_do_not_depend_on_the_noise():
     assert all(result.value.equal(results[0].value) for result in results)
     exact = flow(x, solve=Solve(tolerance=1e-4)).stats[0]
     assert exact.times != results[0].stats[0].times, "the exact log-determinant counts"
+
+
+def test_the_log_determinant_of_an_estimate_is_controlled_if_wanted():
+    """Points that hardly move, and a divergence that goes up and down on the way."""
+    flow, x = CNF(Field(lambda t, z: 1e-3 * torch.sin(300 * z + 60 * t))), normal(20, 1)
+    truth, estimate = flow(x, solve=Solve(tolerance=1e-11)).logdet, Solve(trace="hutchinson")
+    for solve, status, good in (
+        (estimate.within(1e-5), "within tolerance", True),
+        (Solve(trace="hutchinson", method="torchdiffeq:dopri5", control_logdet=True), "within tolerance", True),
+        (estimate, "points within tolerance", False),
+        (Solve(control_logdet=False), "points within tolerance", False),
+    ):
+        result = flow(x, solve=solve)
+        assert result.stats[0].status == status
+        assert (result.logdet - truth).abs().max() < 1e-4 if good else (result.logdet - truth).abs().max() > 1e-2
+    assert estimate.within(1e-5).control_logdet and estimate.control_logdet is None
+    assert [Solve(max_steps=n).within(1e-5).max_steps for n in (8, 20_000)] == [10_000, 20_000]
+    for solve, status in ((Solve(trace="none"), "within tolerance"), (GRID, "on a grid")):
+        assert flow(x, solve=solve).stats[0].status == status
 
 
 @pytest.mark.parametrize("d", [1, 3])
@@ -578,6 +627,38 @@ def test_autograd_leaves_no_graph_where_none_is_wanted(training):
         v, rows = products(Bare(field_of()), torch.tensor(0.5), normal(3, 2, dtype=torch.float32), None)
     for part in (result.value, result.logdet, v, rows):
         assert part.requires_grad == training
+
+
+def test_a_tensor_that_a_field_captures_gets_its_gradients():
+    """v = w tanh(a z), a frozen: w is no parameter of the field, and as much of its formula."""
+    frozen, w, x = nn.Parameter(torch.tensor(0.5, dtype=D), False), torch.tensor(1.5, dtype=D), normal(4, 2)
+
+    def logdet(w):
+        return CNF(Field(lambda t, z: w * (frozen * z).tanh(), 2, [frozen]))(x, solve=GRID).logdet.sum()
+
+    assert not logdet(w).requires_grad, "a graph that nothing wants is not kept"
+    (gradient,) = torch.autograd.grad(logdet(w.requires_grad_()), w)
+    difference = (logdet(w.detach() + 1e-5) - logdet(w.detach() - 1e-5)).item() / 2e-5
+    assert gradient.item() == pytest.approx(difference, rel=1e-7)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("steps", [dict(tolerance=1e-4), dict(times=uniform_grid(3))], ids=["chosen", "grid"])
+def test_inference_mode_changes_no_number(trace, steps):
+    """Nor may autograd's divergence become zero where autograd is off."""
+    flow, x = Flow(Normal(2), CNF(Bare(field_of()))), normal(5, 2, dtype=torch.float32)
+
+    def numbers():
+        solve = Solve(trace=trace, generator=seeded(), energies=BOTH, **steps)
+        drawn = flow.sample_and_log_prob(3, solve=solve, generator=seeded())
+        log_prob, result = flow.log_prob_and_result(x, solve=solve)
+        return *drawn, log_prob, result.logdet, *result.penalties.values(), evaluate(flow, x, solve=solve)
+
+    expected = numbers()
+    with torch.inference_mode():
+        measured = numbers()
+    assert expected[3].all() and measured[-1] == expected[-1]
+    assert all(a.equal(b) for a, b in zip(measured[:-1], expected[:-1], strict=True))
 
 
 def test_layers_are_their_formulas():
@@ -778,6 +859,14 @@ def test_a_field_may_return_no_other_shape(d):
     for trace in ("none", "exact"):
         with pytest.raises(ValueError, match=rf"Field returned shape \(4, {d + 1}\) for points of shape \(4, {d}\)"):
             flow(torch.zeros(4, d), solve=Solve(trace=trace, times=(0, 1)))
+
+
+def test_a_field_that_changes_both_of_its_answers_is_taken():
+    """And one that changes the products alone, or has none."""
+    flow, x = CNF(field_of()), normal(4, 2, dtype=torch.float32)
+    assert not flow(x).value.equal(CNF(Crowd(torch.eye(2)))(x).value)
+    for kind in (Forgetful, Bare, Listener):
+        assert CNF(kind(torch.eye(2)) if kind is Forgetful else kind(flow.field))(x).logdet.isfinite().all()
 
 
 # Files

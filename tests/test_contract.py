@@ -10,6 +10,7 @@ from builders import real_nvp, redrawn, seeded, two_moons_flow
 from torch import nn
 
 from cnfkit import (
+    CNF,
     MLP,
     Affine,
     AffineCoupling,
@@ -23,8 +24,10 @@ from cnfkit import (
     Flow,
     Inverse,
     Logit,
+    MLPField,
     Normal,
     Result,
+    Solve,
     Uniform,
     bijection_contract,
     flow_contract,
@@ -42,6 +45,7 @@ LOGDET_GRADIENT = "the log-determinant's gradient in the parameters is the Jacob
 INVERSE_GRADIENT = "the inverse's gradient in the parameters cancels the map's"
 PRECISION = "its own precision agrees with float64"
 SAMPLING = "sampling reports the log-density of its samples"
+ALONE = "sampling gives the same points without their density"
 MASS = "the density integrates to 1"
 SAMPLES = "samples fall where the density says"
 
@@ -457,7 +461,7 @@ def test_flow_contract(name, capsys):
     flow_contract(make(), **options)
     claims = [MASS, SAMPLES] if math.prod(make().event_shape) <= 2 else []
     printed = capsys.readouterr().out
-    assert all(f"✓ {claim}" in printed for claim in (JACOBIAN, SAMPLING, *claims))
+    assert all(f"✓ {claim}" in printed for claim in (JACOBIAN, SAMPLING, ALONE, *claims))
 
 
 def test_flow_contract_takes_points_of_the_callers_choice():
@@ -530,6 +534,23 @@ def test_flow_contract_catches_a_broken_flow(kind, d):
     with pytest.raises(CheckFailed) as failed:
         flow_contract(flow)
     assert str(failed.value).startswith(f"✗ {SAMPLING}")
+
+
+class FasterWithoutDivergence(MLPField):
+    """A field with two answers: densities are those of one, samples those of the other."""
+
+    def forward(self, t, z):
+        return 1.05 * super().forward(t, z)
+
+    def with_products(self, t, z, probes=None):
+        return super().with_products(t, z, probes)
+
+
+def test_flow_contract_catches_a_field_with_two_answers():
+    flow = Flow(Normal(1), CNF(redrawn(FasterWithoutDivergence(1, (4,)))))
+    with pytest.raises(CheckFailed) as failed:
+        flow_contract(flow, torch.tensor([[0.5], [-1.0]]), solve=Solve(tolerance=1e-8), tolerance=1e-5)
+    assert str(failed.value).startswith(f"✗ {ALONE}")
 
 
 def test_flow_contract_looks_at_the_bijection_first():

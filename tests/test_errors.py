@@ -39,6 +39,13 @@ def fit(data=None, loss=None, **options):
     return k.fit(loss, data, **dict(steps=2, progress=False) | options)
 
 
+class Faster(k.MLPField):
+    """A field that changes one of its two answers."""
+
+    def forward(self, t, z):
+        return 2 * super().forward(t, z)
+
+
 @dataclass
 class Bad:
     call: object
@@ -327,6 +334,16 @@ TABLE = {
         lambda: k.Solve(gradient="none"), V, "gradient is 'none'; wanted one of backprop, checkpoint, adjoint"
     ),
     "no probes": Bad(lambda: k.Solve(probes=0), V, "probes is 0; wanted a whole number of at least 1"),
+    "a truth for a number of probes": Bad(
+        lambda: k.Solve(probes=True), V, "probes is True; wanted a whole number of at least 1"
+    ),
+    "no energies": Bad(lambda: k.Solve(energies=None), T, "energies is None; wanted a tuple of names"),
+    "method that is wrong on unequal steps": Bad(
+        lambda: k.Solve(method="torchdiffeq:explicit_adams", times=(0, 1)),
+        V,
+        "method is 'torchdiffeq:explicit_adams'; wanted one of",
+    ),
+    "tolerances": Bad(lambda: k.Solve(tolerance=[1e-3, 1e-5]), V, "tolerance is [0.001, 1e-05]; wanted a positive"),
     "no solver steps": Bad(lambda: k.Solve(max_steps=1.5), V, "max_steps is 1.5; wanted a whole number of at least 1"),
     "seed for probes": Bad(lambda: k.Solve(generator=1), T, "generator is a int; wanted a torch.Generator"),
     "grid and tolerance": Bad(lambda: k.Solve(times=(0, 1), tolerance=1e-3), V, "times and tolerance are both given"),
@@ -429,6 +446,11 @@ TABLE = {
         V,
         "solve has trace='none', which gives points but no density; wanted exact or hutchinson",
     ),
+    "density of samples without a trace": Bad(
+        lambda: k.Flow(k.Normal(2), cnf()).sample_and_log_prob(3, solve=k.Solve(trace="none")),
+        V,
+        "solve has trace='none', which gives points but no density; wanted exact or hutchinson",
+    ),
     "density of levels without a trace": Bad(
         lambda: levels().log_prob(LEVELS, solve=k.Solve(trace="none")), V, "solve has trace='none', which gives points"
     ),
@@ -449,6 +471,11 @@ TABLE = {
     ),
     # continuous flows
     "function for a field": Bad(lambda: k.CNF(lambda t, z: z), T, "field is a function; wanted a torch.nn.Module"),
+    "field of two minds": Bad(
+        lambda: k.CNF(Faster(2)),
+        T,
+        "field: Faster overrides forward, but has with_products from MLPField; wanted both of one class",
+    ),
     "field of unknown shape": Bad(
         lambda: k.CNF(nn.Tanh()), V, "event_shape is missing, and Tanh has none; wanted a shape, such as 2"
     ),
@@ -478,6 +505,21 @@ TABLE = {
     ),
     "a part that goes back": Bad(
         lambda: cnf().between(0.5, 0.2), V, "t0, t1 are 0.5, 0.2; wanted times in order, within (0.0, 1.0)"
+    ),
+    "a part that begins too early": Bad(
+        lambda: cnf().between(-0.5, 1), V, "t0, t1 are -0.5, 1; wanted times in order, within (0.0, 1.0)"
+    ),
+    "a part that ends too late": Bad(lambda: cnf().between(0, 1.5), V, "t0, t1 are 0, 1.5; wanted times in order"),
+    "a part from NaN": Bad(lambda: cnf().between(math.nan, 1), V, "t0, t1 are nan, 1; wanted times in order"),
+    "velocity of another dtype": Bad(
+        lambda: k.CNF(Field(lambda t, z: z.double(), 2))(X),
+        T,
+        "CNF: the field Field returned torch.float64 for points of torch.float32; wanted the same",
+    ),
+    "velocity of another dtype in sampling": Bad(
+        lambda: k.Flow(k.Normal(2), k.CNF(Field(lambda t, z: z.half(), 2))).sample(3),
+        T,
+        "CNF: the field Field returned torch.float16 for points of torch.float32; wanted the same",
     ),
     "velocity of another shape": Bad(
         lambda: k.CNF(Field(lambda t, z: z[:, :1], 2))(X),
@@ -518,6 +560,11 @@ TABLE = {
         T,
         "evaluation is a JitteredGrid; wanted a Solve",
     ),
+    "energies in the solve of a loss": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), solve=k.FrozenGrid(energies=("kinetic_energy",))),
+        V,
+        "solve has energies ('kinetic_energy',); name them in penalties, with weight 0 to watch",
+    ),
     "unknown penalty": Bad(
         lambda: k.NegativeLogLikelihood(flow(), penalties={"kinetic": 1}),
         V,
@@ -546,6 +593,9 @@ TABLE = {
     "evaluation of a map": Bad(lambda: k.evaluate(cnf(), X), T, "model is a CNF; wanted a Flow or a Dequantised"),
     "evaluation at one point": Bad(
         lambda: k.evaluate(flow(), X[:1]), V, "x has 1 points; a standard error needs at least 2"
+    ),
+    "evaluation of no rows": Bad(
+        lambda: k.evaluate(flow(), X, rows=0), V, "rows is 0; wanted a whole number of at least 1"
     ),
     "evaluation by a name": Bad(
         lambda: k.evaluate(levels(), LEVELS, solve="rk4"), T, "solve is a str; wanted a cnfkit.Solve"

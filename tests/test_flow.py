@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from cnfkit import (
     Uniform,
     UniformDequantiser,
 )
+from cnfkit.bijections.base import as_double
 
 
 def image_flow() -> Flow:
@@ -246,6 +248,16 @@ def test_copies_give_the_same_bits_and_share_nothing(flow, copied):
 
 def test_the_base_adds_nothing_to_the_state():
     assert set(Flow(Normal(2), Diagonal(2)).state_dict()) == {"bijection.log_scale", "bijection.shift"}
+
+
+def test_a_double_of_a_flow_without_saved_state(monkeypatch):
+    """What no file holds says, too, where the flow is; a device without float64 is played by a name."""
+    flow, moved = Flow(Normal(2), Arcsinh(2)), []
+    assert not flow.state_dict() and as_double(flow).sample().dtype == torch.float64
+    monkeypatch.setattr(Flow, "buffers", lambda self: iter([SimpleNamespace(device=torch.device("mps"))]))
+    monkeypatch.setattr(Flow, "to", lambda self, device: moved.append(device) or self)
+    as_double(flow)
+    assert moved == ["cpu"]
 
 
 def test_repr_shows_base_and_map():

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from builders import Counted, redrawn, seeded, two_moons_flow
@@ -130,6 +131,15 @@ def test_a_frozen_grid_is_that_of_the_busiest_flow():
         assert steps[0] != steps[1] and len(grid(flow, X).times) == 1 + max(steps)
 
 
+def test_options_of_a_frozen_grid_are_those_of_the_solves_on_it():
+    options = dict(gradient="adjoint", max_steps=300)
+    grid, flow = FrozenGrid(1e-3, every=np.int64(2), method="torchdiffeq:rk4", **options), model()
+    solve = grid(flow, X)
+    assert solve == Solve(method="torchdiffeq:rk4", times=solve.times, **options) and len(solve.times) > 2
+    assert (grid.adaptive.gradient, grid.adaptive.max_steps) == ("backprop", 255)
+    assert NegativeLogLikelihood(flow, solve=grid)(X)[0].isfinite()
+
+
 def test_a_frozen_grid_keeps_no_graph():
     flow = model()
     FrozenGrid()(flow, X)
@@ -218,6 +228,14 @@ def test_evaluation_is_never_on_the_grid_of_training(kind):
         assert loss.solve.served == 1, "nor does an evaluation count as a batch"
 
 
+def test_evaluation_is_no_coarser_than_training():
+    fine = Solve(tolerance=1e-6)
+    assert NegativeLogLikelihood(model(), solve=fine).evaluation == fine
+    assert NegativeLogLikelihood(model(), solve=Solve(tolerance=1e-4)).evaluation == fine.within(1e-5)
+    loss = NegativeLogLikelihood(model(), solve=GRIDS["frozen"](), evaluation=Solve(tolerance=1e-3))
+    assert f"evaluation={loss.evaluation}" in repr(loss), "so that a run is not resumed with another"
+
+
 def test_evaluation_of_ones_own():
     flow, own = model(), Solve(method="midpoint", times=uniform_grid(3))
     loss = NegativeLogLikelihood(flow, solve=JitteredGrid(2), evaluation=own).eval()
@@ -247,6 +265,27 @@ def test_probes_and_times_come_from_the_generator_of_the_batch():
         first, again, other = (copy.deepcopy(loss)(X, seeded(k))[0] for k in (0, 0, 1))
         assert first.equal(again) and not first.equal(other)
         assert torch.get_rng_state().equal(state)
+
+
+def test_without_one_of_the_batch_the_generator_is_that_of_the_solve():
+    flow, state = model(), torch.get_rng_state()
+
+    def value(seed: int, *given):
+        solve = Solve(trace="hutchinson", times=(0, 1), generator=seeded(seed))
+        return NegativeLogLikelihood(flow, solve=solve)(X, *given)[0]
+
+    assert value(0).equal(value(0)) and not value(0).equal(value(1))
+    assert value(0, seeded(2)).equal(value(1, seeded(2))), "that of the batch goes first"
+    assert torch.get_rng_state().equal(state)
+
+
+def test_all_noise_of_a_bound_comes_from_one_generator():
+    levels, state = levels_model(), torch.get_rng_state()
+    own = Solve(trace="hutchinson", times=(0, 1), generator=seeded(1))
+    for solve in (Solve(trace="hutchinson", times=(0, 1)), own):
+        first, again = (levels.log_prob(LEVELS, solve=solve, draws=2, generator=seeded()) for _ in range(2))
+        assert first.equal(again)
+    assert torch.get_rng_state().equal(state) and own.generator.get_state().equal(seeded(1).get_state())
 
 
 @pytest.mark.parametrize("unit", ["nats", "bits"])
@@ -388,6 +427,22 @@ def test_the_solver_error_is_the_solvers(trace):
         assert spread.abs().mean() > 100 * errors[2], "the noise is there, but the same on both sides"
 
 
+def test_the_solver_error_of_a_fine_solve():
+    """Judged by a finer one, never by itself."""
+    flow = model().double()
+    fine, finer = (solver_error(flow, X.double(), solve=Solve(tolerance=tolerance)) for tolerance in (1e-8, 1e-10))
+    assert 0 < finer < 1e-9 and finer < fine < 1e-7
+
+
+def test_the_solver_error_of_a_solve_of_few_steps():
+    """Their bound is not that of the solve that judges."""
+    flow = model(scale=1.0)
+    error, again = (
+        solver_error(flow, X, solve=Solve(method="rk4", times=uniform_grid(8), max_steps=n)) for n in (8, 99)
+    )
+    assert error == again > 0
+
+
 def test_the_solver_error_leaves_the_model_as_it_is():
     flow = model()
     before = [parameter.clone() for parameter in flow.parameters()]
@@ -419,6 +474,20 @@ def test_evaluation_has_no_gradients():
     flow.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     evaluate(flow, X)
     assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_is_in_eval_mode(training):
+    """Without dropout; the mode of each part is as before, also after an error."""
+    flow, seen = model().train(training), []
+    flow.bijection.field.layers[0].eval()
+    flow.register_forward_hook(lambda module, *_: seen.extend(part.training for part in module.modules()))
+    before = [part.training for part in flow.modules()]
+    evaluate(flow, X)
+    assert seen and not any(seen) and [part.training for part in flow.modules()] == before
+    with pytest.raises(ValueError, match="wanted"):
+        evaluate(flow, torch.zeros(3, 5))
+    assert [part.training for part in flow.modules()] == before
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Solvers: orders, grids, tolerances, what they count, and how they fail."""
 
 import math
+import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from builders import Field, NoFloat64, redrawn, seeded
@@ -169,6 +171,23 @@ def test_every_fixed_method_comes_close(method):
     assert max(errors(on_grid(method, 300))) < (5e-3 if "euler" in method else 1e-5)
 
 
+def test_a_solve_on_a_grid_keeps_its_options():
+    solve = Solve(trace="hutchinson", probes=3, tolerance=1e-3, energies=["kinetic_energy"])
+    options = dict(trace="hutchinson", probes=3, energies=("kinetic_energy",))
+    assert solve.on([0, 0.5, 1]) == Solve(method="rk4", times=(0, 0.5, 1), **options)
+    assert solve.on(torch.tensor([0, 1]), "euler").on(uniform_grid(3), "dopri5") == on_grid("dopri5", 3, **options)
+    assert solve.on(uniform_grid(2)).within(1e-4).tolerance == 1e-4
+
+
+def test_numbers_of_any_kind():
+    """And what is given as a list is kept as a tuple, so that a solve can be compared and hashed."""
+    solve = Solve(probes=np.int64(3), max_steps=np.int32(50), tolerance=np.float32(0.5), energies=["kinetic_energy"])
+    assert solve == Solve(probes=3, max_steps=50, tolerance=0.5, energies=("kinetic_energy",))
+    assert type(solve.probes) is int and type(solve.tolerance) is float and solve.energies == ("kinetic_energy",)
+    assert Solve(tolerance=torch.tensor(0.5)).tolerance == 0.5
+    assert uniform_grid(np.int64(4)) == uniform_grid(4)
+
+
 # Steps that are chosen
 
 
@@ -181,6 +200,13 @@ def test_the_error_follows_the_tolerance(method):
     most = 1 if method == "dopri5" else 200 if method.endswith("fehlberg2") else 2
     assert all(error < most * tolerance for error, tolerance in zip(measured, tolerances, strict=True)), measured
     assert measured[0] > 50 * measured[-1], measured
+
+
+@pytest.mark.parametrize("method", ["dopri8", "bosh3", "dopri5"])
+@pytest.mark.parametrize("ends", [(-1.0, 2.0), (2.0, -1.0)])
+def test_torchdiffeq_ends_where_it_should(method, ends):
+    """A last step beyond the end, and an interpolation back to it, would cost hundreds of tolerances."""
+    assert max(errors(Solve(method=f"torchdiffeq:{method}", tolerance=1e-8), *ends)) < 5e-8
 
 
 def test_the_error_follows_a_fine_tolerance():
@@ -264,6 +290,32 @@ def test_nothing_moves():
     z = torch.randn(3, 2, generator=seeded())
     end, _, stats = integrate(lambda t, z: (0 * z, z.new_zeros(0, 3)), z, 0.0, 1.0, Solve())
     assert end.equal(z) and stats.accepted < 10 and stats.rejected == 0
+
+
+FIELDS = {
+    "slow": lambda t, z: 1e-4 * z,
+    "still": lambda t, z: 0 * z,
+    "fast": lambda t, z: 1e6 * z.cos(),
+    "huge": lambda t, z: 1e30 * (1 + 0 * z),
+    "beyond squares": lambda t, z: 1e200 * (1 + 0 * z),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (-2.0, 3.0), (1.0, 1.0 + 1e-9)])
+def test_a_field_is_asked_within_the_interval_alone(name, ends):
+    """From the first step on: elsewhere it may not be defined."""
+    times = []
+
+    def dynamics(t, z):
+        times.append(t.item())
+        return FIELDS[name](t, z), z.new_zeros(0, len(z))
+
+    try:
+        integrate(dynamics, torch.full((2, 1), 2.0, dtype=torch.float64), *ends, Solve(tolerance=1e-3, max_steps=30))
+    except SolveError:
+        assert name not in ("slow", "still")
+    assert min(ends) <= min(times) and max(times) <= max(ends) + 1e-15 and len(times) > 1
 
 
 def test_dopri5_and_torchdiffeqs_agree_within_the_tolerance():
@@ -531,6 +583,23 @@ def test_a_stiff_field_uses_up_its_steps(method):
 def test_a_step_that_vanishes_in_float32():
     error, _ = failing(lambda t, z: z.square(), Solve(tolerance=1e-5), dtype=torch.float32)
     assert "the step vanished (h = " in str(error) and error.t == pytest.approx(0.5, abs=1e-4)
+
+
+def test_an_error_comes_through_a_pickle():
+    """As from a worker process."""
+    error, _ = failing(lambda t, z: z * math.nan, on_grid("rk4", 4))
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is SolveError and str(other) == str(error) and other.args == error.args
+    assert (other.t, other.step, other.norm) == (error.t, error.step, error.norm) == (0, 0, 2)
+
+
+def test_an_assertion_without_a_message_in_torchdiffeq():
+    def field(t, z):
+        raise AssertionError
+
+    error, _ = failing(field, Solve(method="torchdiffeq:dopri5"))
+    assert "torchdiffeq's dopri5 stopped (an assertion failed)" in str(error)
+    assert isinstance(error.__cause__, AssertionError)
 
 
 def test_a_field_that_does_not_repeat_itself():

@@ -392,6 +392,15 @@ class Poisoned(Noisy):
         return (loss * self.value if self.poisoned else loss), terms
 
 
+def test_a_term_of_the_name_of_the_loss_does_not_take_its_place():
+    class Named(NegativeLogLikelihood):
+        def forward(self, batch, generator=None):
+            loss, terms = super().forward(batch, generator)
+            return loss, {**terms, "loss": torch.tensor(-1e6)}
+
+    assert min(fit(Named(two_moons_flow(layers=1)), data(), **OPTIONS).train) > 0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(tmp_path, value):
     path = tmp_path / "run.safetensors"

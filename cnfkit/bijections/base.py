@@ -311,6 +311,9 @@ def concrete(value: Tensor) -> bool:
 
 def as_double(value: nn.Module | Tensor) -> nn.Module | Tensor:
     """A float64 copy, on the CPU where the device has no float64."""
+    if torch.is_inference_mode_enabled():  # a copy made there could not even be differentiated for a divergence
+        with torch.inference_mode(False), torch.no_grad():
+            return as_double(value)
     copied = copy.deepcopy(value)
     tensor = value if isinstance(value, Tensor) else next(chain(value.parameters(), value.buffers()), None)
     if tensor is not None and tensor.device.type == "mps":
