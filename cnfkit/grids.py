@@ -112,7 +112,7 @@ class FrozenGrid(Grid):
             adaptive = replace(self.adaptive, generator=generator)
             with torch.no_grad():
                 _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive)
-            if not result.stats:
+            if not any(stats.times for stats in result.stats):
                 raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
             self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))
         self.served += 1

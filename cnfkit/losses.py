@@ -81,8 +81,7 @@ class NegativeLogLikelihood(nn.Module):
         training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
         if training.energies:
             raise ValueError(f"solve has energies {training.energies}; name them in penalties, with weight 0 to watch")
-        fine = training.tolerance is not None and training.tolerance <= 1e-5
-        self.evaluation = evaluation or (training if fine else training.within(1e-5))
+        self.evaluation = evaluation or training.within(min(training.tolerance or 1e-5, 1e-5))
 
     def extra_repr(self) -> str:
         penalties = "".join(f", {name}={weight}" for name, weight in self.penalties.items())
