@@ -230,7 +230,7 @@ def test_evaluation_is_never_on_the_grid_of_training(kind):
 
 def test_evaluation_is_no_coarser_than_training():
     fine = Solve(tolerance=1e-6)
-    assert NegativeLogLikelihood(model(), solve=fine).evaluation == fine
+    assert NegativeLogLikelihood(model(), solve=fine).evaluation == fine.within(1e-6)
     assert NegativeLogLikelihood(model(), solve=Solve(tolerance=1e-4)).evaluation == fine.within(1e-5)
     loss = NegativeLogLikelihood(model(), solve=GRIDS["frozen"](), evaluation=Solve(tolerance=1e-3))
     assert f"evaluation={loss.evaluation}" in repr(loss), "so that a run is not resumed with another"
