@@ -10,7 +10,7 @@ from torch import Tensor
 from cnfkit.bijections.base import as_double
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
-from cnfkit.losses import bits_per_dimension
+from cnfkit.losses import bits_per_dimension, require_model
 from cnfkit.ode.solve import Solve, as_count, as_solve
 
 
@@ -57,7 +57,7 @@ def evaluate(
     0.919 ± 0.000 nats
     """
     solve = as_solve(solve)
-    _require_model(model)
+    require_model(model)
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} points; a standard error needs at least 2")
     rows = as_count("rows", rows)
@@ -107,7 +107,7 @@ def solver_error(
     True
     """
     solve = as_solve(solve)
-    _require_model(model)
+    require_model(model)
     if isinstance(model, Dequantised):
         model, x = model.flow, model.dequantiser(x, solve.generator)[0]
     device = None if solve.generator is None else solve.generator.device
@@ -120,8 +120,3 @@ def solver_error(
     points = [None if part is None else as_double(part) for part in (x, context)]
     truth = log_prob(as_double(model), tight, *points)
     return (log_prob(model, solve, x, context).to(truth) - truth).abs().mean().item()
-
-
-def _require_model(model: Flow | Dequantised) -> None:
-    if not isinstance(model, Flow | Dequantised):
-        raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")

@@ -59,8 +59,7 @@ class NegativeLogLikelihood(nn.Module):
         evaluation: Solve | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, Flow | Dequantised):
-            raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")
+        require_model(model)
         if unit not in ("nats", "bits"):
             raise ValueError(f"unit is {unit!r}; wanted 'nats' or 'bits'")
         if solve is not None and not isinstance(solve, Solve | Grid):
@@ -119,6 +118,12 @@ class NegativeLogLikelihood(nn.Module):
         if result.stats:
             terms["evaluations"] = torch.tensor(float(result.evaluations))
         return loss, terms
+
+
+def require_model(model: Flow | Dequantised) -> None:
+    """Raise unless ``model`` is one that has a likelihood."""
+    if not isinstance(model, Flow | Dequantised):
+        raise TypeError(f"model is a {type(model).__name__}; wanted a Flow or a Dequantised")
 
 
 def bits_per_dimension(log_prob: Tensor, dimensions: int) -> Tensor:

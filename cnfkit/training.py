@@ -150,9 +150,10 @@ class _Run:
     def advance(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        learnt = dict(self.loss.named_parameters())
-        state = self.loss.state_dict().items()
-        self.before = {name: value.detach().clone() for name, value in state if name not in learnt}
+        if self.checkpoint is not None:
+            learnt = dict(self.loss.named_parameters())
+            state = self.loss.state_dict().items()
+            self.before = {name: value.detach().clone() for name, value in state if name not in learnt}
         loss, terms = self.loss(self.next_batch(), generator=_generator(self.seed, "noise", self.step))
         if not loss.isfinite():
             best = f"the model has the weights of step {self.history.best_step}, its best" if self.best else ""
