@@ -43,6 +43,7 @@ from cnfkit.data import Images, ToyDensity, digits, mnist, toy_density
 from cnfkit.dequantise import Dequantised, Dequantiser, UniformDequantiser, VariationalDequantiser
 from cnfkit.evaluation import Evaluation, evaluate, solver_error
 from cnfkit.flow import Flow
+from cnfkit.flow_matching import FlowMatching, optimal_pairing
 from cnfkit.grids import FrozenGrid, Grid, JitteredGrid, uniform_grid
 from cnfkit.lipschitz import LipschitzConvNet, LipschitzMLP
 from cnfkit.losses import NegativeLogLikelihood, bits_per_dimension
@@ -86,6 +87,7 @@ __all__ = [
     "Evaluation",
     "Flatten",
     "Flow",
+    "FlowMatching",
     "FrozenGrid",
     "Grid",
     "History",
@@ -133,6 +135,7 @@ __all__ = [
     "mask",
     "mnist",
     "nice",
+    "optimal_pairing",
     "preset",
     "realnvp",
     "residual",

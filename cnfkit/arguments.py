@@ -106,6 +106,14 @@ def check_context(owner: str, context: Tensor | None, batch: torch.Size, like: T
     check_points(owner, "context", context, context.shape[-1:], like)
 
 
+def check_features(owner: str, context: Tensor | None, batch: torch.Size, features: int) -> Tensor:
+    """The context, if it is there for every point of the batch, with so many features."""
+    check_context(owner, context, batch, None)
+    if context.shape[-1] != features:
+        raise ValueError(f"{owner}: context has shape {tuple(context.shape)}; wanted {(*batch, features)}")
+    return context
+
+
 def check_generator(generator: torch.Generator | None) -> None:
     """Raise unless it is one, or none."""
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnfkit.arguments import as_order, as_shape, check_context
+from cnfkit.arguments import as_order, as_shape, check_features
 
 
 class MLP(nn.Sequential):
@@ -52,7 +52,7 @@ class MLP(nn.Sequential):
         if not x.dim() or x.shape[-1] != width:
             raise ValueError(f"MLP: input has shape {tuple(x.shape)}; wanted (*batch, {width})")
         if self.takes_context:
-            x = torch.cat([x, _features("MLP", context, x.shape[:-1], self.context)], -1)
+            x = torch.cat([x, check_features("MLP", context, x.shape[:-1], self.context)], -1)
         return super().forward(x)
 
 
@@ -102,7 +102,7 @@ class ConvNet(nn.Sequential):
             h, w = size or "hw"
             raise ValueError(f"ConvNet: input has shape {tuple(x.shape)}; wanted (*batch, {channels}, {h}, {w})")
         if self.takes_context:
-            context = _features("ConvNet", context, x.shape[:-3], torch.Size(self.context).numel())
+            context = check_features("ConvNet", context, x.shape[:-3], torch.Size(self.context).numel())
             context = context.unflatten(-1, self.context if len(self.context) == 3 else (-1, 1, 1))
             x = torch.cat([x, context.expand(*context.shape[:-2], *x.shape[-2:])], -3)
         # convolutions take one batch dimension, a bijection any number of them
@@ -166,7 +166,7 @@ class MADE(nn.Module):
         if not x.dim() or x.shape[-1] != len(self.order):
             raise ValueError(f"MADE: input has shape {tuple(x.shape)}; wanted (*batch, {len(self.order)})")
         if self.takes_context:
-            x = torch.cat([x, _features("MADE", context, x.shape[:-1], self.context)], -1)
+            x = torch.cat([x, check_features("MADE", context, x.shape[:-1], self.context)], -1)
         return self.layers(x)
 
     def get_extra_state(self) -> Tensor:
@@ -200,14 +200,6 @@ def _require_widths(first: str, inputs: int, outputs: int, hidden: Sequence[int]
         raise ValueError(f"{first}, hidden, outputs are {widths}; wanted positive widths")
     if not isinstance(context, int) or context < 0:
         raise ValueError(f"context is {context!r}; wanted a number of features, 0 for none")
-
-
-def _features(owner: str, context: Tensor | None, batch: torch.Size, features: int) -> Tensor:
-    """The context, if it is there for every point of the batch, with so many features."""
-    check_context(owner, context, batch, None)
-    if context.shape[-1] != features:
-        raise ValueError(f"{owner}: context has shape {tuple(context.shape)}; wanted {(*batch, features)}")
-    return context
 
 
 def start_at_zero(layers: list[nn.Module]) -> list[nn.Module]:

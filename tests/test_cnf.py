@@ -33,8 +33,9 @@ from cnfkit import (
     toy_density,
     uniform_grid,
 )
-from cnfkit.ode.divergence import divergence, draw_probes, products, squared_norm
+from cnfkit.ode.divergence import divergence, draw_probes, squared_norm
 from cnfkit.ode.fields import Concat, ConcatSquash, Hyper
+from cnfkit.ode.moments import moments
 
 D = torch.float64
 TIMES, ACTIVATIONS = ("concat", "concatsquash", "hyper"), ("tanh", "softplus")
@@ -48,6 +49,12 @@ def field_of(d: int = 2, time: str = "concatsquash", activation: str = "tanh", h
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = D) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def products(field, t, z, probes):
+    """The value and the products at one time."""
+    (moment,) = moments(field, t[None])
+    return moment.with_products(z, probes)
 
 
 class Bare(nn.Module):
@@ -121,11 +128,6 @@ CONFIGURATIONS = {
     "images": (lambda: redrawn(CNF(Picture((2, 2, 2))), scale=0.1), Solve(times=uniform_grid(2))),
     "rk4": (lambda: CNF(field_of(2)), Solve(method="rk4", times=uniform_grid(7))),
     "rk4_38": (lambda: CNF(field_of(2)), Solve(method="rk4_38", times=(0, 0.1, 0.3, 0.4, 0.6, 0.8, 1))),
-    "checkpoint": (
-        lambda: CNF(redrawn(MLPField(2, (4,)), scale=0.1)),
-        Solve(times=uniform_grid(1), gradient="checkpoint"),
-    ),
-    "checkpoint, chosen steps": (lambda: CNF(field_of(2)), Solve(tolerance=1e-6, gradient="checkpoint")),
     "torchdiffeq, chosen steps": (lambda: CNF(field_of(2)), Solve(method="torchdiffeq:dopri5", tolerance=1e-7)),
     "torchdiffeq, grid": (lambda: CNF(field_of(2)), Solve(method="torchdiffeq:rk4", times=uniform_grid(5))),
     "Hutchinson in one dimension": (lambda: CNF(field_of(1)), Solve(trace="hutchinson", times=uniform_grid(4))),
@@ -285,7 +287,7 @@ def test_energies_are_integrated_in_the_order_that_is_asked_for():
     assert list(one) == list(BOTH) and all(one[name].equal(other[name]) for name in BOTH)
     alone = flow(x, solve=Solve(times=uniform_grid(3), energies=BOTH[:1], trace="none"))
     torch.testing.assert_close(alone.penalties[BOTH[0]], one[BOTH[0]])
-    assert plain.value.equal(alone.value)
+    torch.testing.assert_close(plain.value, alone.value)
 
 
 def test_energies_of_a_path_are_the_same_both_ways():
@@ -467,7 +469,8 @@ def test_probes_are_drawn_once_a_solve(noise, steps):
     solve = Solve(trace="hutchinson", probes=4, noise=noise, generator=generator, **steps)
     result = flow(normal(5, 3, dtype=torch.float32), solve=solve)
     seen, fresh = flow.field.seen, seeded()
-    assert len(seen) == result.evaluations > 10 and all(probes is seen[0] for probes in seen)
+    # one stage of Dormand–Prince has no weight in the step, and needs no divergence
+    assert len(seen) + flow.field.plain == result.evaluations > 10 and all(probes is seen[0] for probes in seen)
     if noise == "gaussian":
         expected = torch.randn(4, 5, 3, generator=fresh)
     else:
@@ -522,7 +525,7 @@ def test_probes_are_averaged_over():
               for k in range(3)]  # fmt: skip
     together = divergence(rows, probes), squared_norm(rows, probes)
     for k in range(2):
-        torch.testing.assert_close(together[k], torch.stack([one[k] for one in singly]).mean(0))
+        torch.testing.assert_close(together[k].view(-1, 5).mean(0), torch.cat([one[k].view(1, 5) for one in singly]).mean(0))
 
 
 def test_the_steps_do_not_depend_on_the_noise():
@@ -579,7 +582,7 @@ def test_products_are_those_of_the_jacobian(time, activation, hidden):
     v, columns = field.with_products(t, z)
     torch.testing.assert_close(v, field(t, z))
     torch.testing.assert_close(columns, true.permute(2, 0, 1))
-    torch.testing.assert_close(divergence(columns, None), vmap(torch.trace)(true))
+    torch.testing.assert_close(divergence(columns, None)[0], vmap(torch.trace)(true))
     torch.testing.assert_close(squared_norm(columns, None), true.square().sum((1, 2)))
     probes = normal(4, 7, 3, seed=2)
     _, rows = field.with_products(t, z, probes)
@@ -615,7 +618,7 @@ def test_a_picture_is_differentiated_pixel_by_pixel():
     true = jacobian(field, t, z).flatten(1, 3).flatten(2)
     v, rows = products(field, t, z, None)
     torch.testing.assert_close(rows.flatten(2), true.transpose(0, 1))
-    torch.testing.assert_close(divergence(rows, None), vmap(torch.trace)(true))
+    torch.testing.assert_close(divergence(rows, None)[0], vmap(torch.trace)(true))
     torch.testing.assert_close(squared_norm(rows, None), true.square().sum((1, 2)))
     assert v.shape == z.shape
 

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnfkit import CNF, MLPField, Solve, SolveError, uniform_grid
-from cnfkit.ode.integrate import integrate, runge_kutta_step
+from cnfkit.ode.integrate import integrate
 from cnfkit.ode.solve import TORCHDIFFEQ_ADAPTIVE, TORCHDIFFEQ_FIXED
+from cnfkit.ode.solvers import Counting, runge_kutta_step, stages
+from cnfkit.ode.statistics import Statistics
 from cnfkit.ode.tableaux import TABLEAUX
 
 FIXED = [*TABLEAUX, *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_FIXED)]
@@ -245,8 +247,9 @@ def test_every_step_that_is_taken_is_within_the_tolerance():
     _, _, stats = integrate(jolt, z, 0.0, 1.0, Solve(tolerance=tolerance))
     ratios = []
     for t, after in pairwise(stats.times):
-        new, _, stages = runge_kutta_step(jolt, tableau, torch.tensor(t, dtype=torch.float64), after - t, z)
-        error = (after - t) * sum(e * v for e, (v, _) in zip(tableau.error, stages, strict=True))
+        evaluations = Counting(jolt, Statistics()).at(stages(tableau, t, after - t), z)
+        new, _, found = runge_kutta_step(evaluations, tableau, after - t, z)
+        error = (after - t) * sum(e * v for e, (v, _) in zip(tableau.error, found, strict=True))
         ratios.append((error / (tolerance * (1 + z.abs().maximum(new.abs())))).square().mean().sqrt().item())
         z = new
     assert stats.rejected > 0 and max(ratios) <= 1.001
@@ -520,7 +523,7 @@ def test_a_field_that_becomes_nan_half_way(any_solve, ends):
 
     error, calls = failing(field, any_solve, ends=ends)
     passed = sign * (error.t - start)
-    assert calls < 500
+    assert calls < 600
     if any_solve.times is not None:
         # the steps end at the eighths; a method with a stage at the end of the step fails in the one before
         assert error.step in (2, 3) and passed == pytest.approx(error.step / 8)
@@ -603,7 +606,7 @@ def test_an_assertion_without_a_message_in_torchdiffeq():
 
 
 def test_a_field_that_does_not_repeat_itself():
-    """Once NaN and then no more, as noise in a field may be: still an error."""
+    """Once NaN and then no more, as noise in a field may be: still an error, and where it was."""
     first = [True]
 
     def field(t, z):
@@ -611,7 +614,7 @@ def test_a_field_that_does_not_repeat_itself():
         return z * math.nan if bad else z
 
     error, _ = failing(field, on_grid("rk4", 4))
-    assert (error.t, error.step) == (1, 4)
+    assert (error.t, error.step) == (0, 0)
 
 
 def test_finite_numbers_are_no_failure_at_the_border():

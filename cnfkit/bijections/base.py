@@ -25,6 +25,8 @@ class Result:
         logdet: :math:`\\log |\\det \\partial \\text{value} / \\partial \\text{input}|`, shape ``(*batch)``.
         penalties: named regularisers of the path that was taken, each of shape ``(*batch)``; empty for finite flows.
         stats: an account of each ODE solve, in the order in which they ran; empty for finite flows.
+        standard_error: of an estimated log-determinant, shape ``(*batch)``, from the spread of its probes, NaN where
+            there is but one; None where nothing is estimated.
 
     >>> first = Result(torch.zeros(3, 2), torch.full((3,), 1.0), stats=(Statistics(evaluations=4),))
     >>> second = Result(torch.ones(3, 2), torch.full((3,), 0.5), stats=(Statistics(evaluations=6),))
@@ -37,6 +39,7 @@ class Result:
     logdet: Tensor
     penalties: dict[str, Tensor] = field(default_factory=dict)
     stats: tuple[Statistics, ...] = ()
+    standard_error: Tensor | None = None
 
     @property
     def evaluations(self) -> int:
@@ -44,12 +47,17 @@ class Result:
         return sum(stats.evaluations for stats in self.stats)
 
     def then(self, after: Result) -> Result:
-        """The result of this pass followed by another: the value is the later one, everything else adds up."""
+        """The result of this pass followed by another: the value is the later one, everything else adds up.
+
+        Standard errors do by their squares, as the estimates are independent.
+        """
+        errors = [result.standard_error for result in (self, after) if result.standard_error is not None]
         return Result(
             value=after.value,
             logdet=self.logdet + after.logdet,
             penalties=_sum(self.penalties, after.penalties),
             stats=self.stats + after.stats,
+            standard_error=torch.stack(errors).square().sum(0).sqrt() if errors else None,
         )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cnfkit.arguments import as_shape
 from cnfkit.bijections.base import Bijection, Result
-from cnfkit.ode.divergence import divergence, draw_probes, products, require_velocity, squared_norm
+from cnfkit.ode.divergence import divergence, draw_probes
+from cnfkit.ode.energies import RATES, Visit
 from cnfkit.ode.integrate import integrate
+from cnfkit.ode.moments import Moment, moments, require_velocity
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import Statistics
 
@@ -26,29 +29,36 @@ class CNF(Bijection):
         \log \left| \det \frac{\partial f}{\partial x} \right| = \int_{t_0}^{t_1} \operatorname{tr}
         \frac{\partial v}{\partial z} \, \mathrm dt
 
-    The energies of the path, on request by ``Solve.energies``, are those of RNODE (with its mean over the dimensions
-    in place of the sum if ``Solve.reduction`` says so), whichever direction is gone:
+    The energies of the path come on request by ``Solve.energies`` (with the mean over the dimensions in place of the
+    sum if ``Solve.reduction`` says so), whichever direction is gone. The first two are RNODE's; the third is what makes
+    a solver take short steps; the last is OT-Flow's, of a :class:`cnfkit.PotentialField`:
 
     .. math::
 
         \mathtt{kinetic\_energy} = \int \tfrac12 \|v\|^2 \, \mathrm dt,
 
-        \mathtt{jacobian\_energy} = \int \left\| \frac{\partial v}{\partial z} \right\|_F^2 \mathrm dt
+        \mathtt{jacobian\_energy} = \int \left\| \frac{\partial v}{\partial z} \right\|_F^2 \mathrm dt,
+
+        \mathtt{total\_derivative} = \int \left\| \frac{\partial v}{\partial z} v
+        + \frac{\partial v}{\partial t} \right\|^2 \mathrm dt,
+
+        \mathtt{hamilton\_jacobi} = \int \left| \frac{\partial \Phi}{\partial t}
+        - \tfrac12 \|\nabla \Phi\|^2 \right| \mathrm dt
 
     Sources: Chen et al., *Neural ordinary differential equations*, theorem 1; Grathwohl et al., *FFJORD*, equation 4;
-    Finlay et al., *How to train your neural ODE*, section 3.
+    Finlay et al., *How to train your neural ODE*, sections 2 and 3; Onken et al., *OT-Flow*, equation 8.
 
     Args:
         field: a module that takes a time, a scalar tensor, and points, shape ``(n, *event_shape)``, and returns
-            velocities of the same shape. No point's velocity may depend on another point. A field that has
-            ``with_products(t, z, probes)``, see :class:`cnfkit.MLPField`, gives velocity and divergence in one pass;
-            any other is differentiated by autograd.
+            velocities of the same shape; and a context, shape ``(n, features)``, if its attribute ``takes_context`` is
+            true. No point's velocity may depend on another point. A field that has ``with_products(t, z, probes)``,
+            see :class:`cnfkit.MLPField`, gives velocity and divergence in one pass; any other is differentiated by
+            autograd.
         event_shape: the shape of one point; the field's own ``event_shape`` unless given.
         interval: :math:`(t_0, t_1)`.
 
     Raises:
-        TypeError: if ``field`` is no module, or overrides ``forward`` and inherits ``with_products``; on a call, if it
-            returns another dtype.
+        TypeError: if ``field`` is no module; on a call, if it returns another dtype.
         ValueError: if the event shape is not known, or the interval goes back; on a call, if the field returns another
             shape.
         SolveError: on a call, if the solve cannot be finished.
@@ -67,12 +77,6 @@ class CNF(Bijection):
     ) -> None:
         if not isinstance(field, nn.Module):
             raise TypeError(f"field is a {type(field).__name__}; wanted a torch.nn.Module")
-        with_products, forward = (_definer(type(field), name) for name in ("with_products", "forward"))
-        if with_products is not None and forward is not with_products and issubclass(forward, with_products):
-            raise TypeError(
-                f"field: {forward.__name__} overrides forward, but has with_products from {with_products.__name__}; "
-                "wanted both of one class, since they must describe one field"
-            )
         own = getattr(field, "event_shape", None)
         if event_shape is None and own is None:
             raise ValueError(f"event_shape is missing, and {type(field).__name__} has none; wanted a shape, such as 2")
@@ -87,6 +91,7 @@ class CNF(Bijection):
         if not -math.inf < t0 <= t1 < math.inf:
             raise ValueError(f"interval is {interval!r}; wanted two numbers, the smaller one first")
         self.field, self.interval = field, (t0, t1)
+        self.takes_context = bool(getattr(field, "takes_context", False))
 
     def between(self, t0: float, t1: float) -> CNF:
         """The part of this flow from one time to a later one; it shares the field.
@@ -98,64 +103,92 @@ class CNF(Bijection):
         return CNF(self.field, self.event_shape, (t0, t1))
 
     def _forward(self, x: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
-        return self._integrate(x, *self.interval, solve or Solve())
+        return self._integrate(x, *self.interval, context, solve or Solve())
 
     def _inverse(self, z: Tensor, context: Tensor | None, solve: Solve | None) -> Result:
-        return self._integrate(z, *reversed(self.interval), solve or Solve())
+        return self._integrate(z, *reversed(self.interval), context, solve or Solve())
 
-    def _integrate(self, points: Tensor, start: float, end: float, solve: Solve) -> Result:
+    def _integrate(self, points: Tensor, start: float, end: float, context: Tensor | None, solve: Solve) -> Result:
         if torch.is_inference_mode_enabled():  # where autograd records nothing, not even for a divergence
             with torch.inference_mode(False), torch.no_grad():
-                return self._integrate(points.clone(), start, end, solve)
+                context = context if context is None else context.clone()
+                return self._integrate(points.clone(), start, end, context, solve)
         batch = points.shape[: points.dim() - len(self.event_shape)]
         z = points.reshape(-1, *self.event_shape)
-        traced, m = solve.trace != "none", len(solve.energies) + (solve.trace != "none")
+        context = context if context is None else context.reshape(-1, context.shape[-1])
+        dynamics = _Dynamics(self, solve, z, context)
         if not len(z) or start == end:
-            value, integrals, stats = z, z.new_zeros(m, len(z)), Statistics()
+            value, integrals, stats = z, z.new_zeros(dynamics.rates, len(z)), Statistics()
         else:
             control = solve.trace == "exact" if solve.control_logdet is None else solve.control_logdet
-            controlled = int(traced and control)
-            parameters = tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
-            dynamics = self._dynamics(solve, draw_probes(solve, z))
-            value, integrals, stats = integrate(dynamics, z, start, end, solve, m, controlled, parameters)
-            if traced and not controlled and solve.tolerance is not None:
+            controlled = dynamics.traces if control else 0
+            own = (*self.field.parameters(), *([] if context is None else [context]))
+            parameters = tuple(parameter for parameter in own if parameter.requires_grad)
+            value, integrals, stats = integrate(dynamics, z, start, end, solve, dynamics.rates, controlled, parameters)
+            if dynamics.traces and not controlled and solve.tolerance is not None:
                 stats.status = "points within tolerance"
-        logdet = integrals[0] if traced else z.new_full((len(z),), math.nan)
+        traces, energies = integrals[: dynamics.traces], integrals[dynamics.traces :]
+        logdet = traces.mean(0) if dynamics.traces else z.new_full((len(z),), math.nan)
+        error = None
+        if solve.trace == "hutchinson":  # of a mean of independent numbers; of one number it is not known
+            error = (
+                (traces.detach().var(0) / len(traces)).sqrt()
+                if len(traces) > 1
+                else logdet.new_full((len(z),), math.nan)
+            )
         sign = 1.0 if end > start else -1.0  # an energy is that of the path, whichever way it is gone
-        energies = zip(solve.energies, integrals[traced:], strict=True)
         return Result(
             value.view(points.shape),
             logdet.view(batch),
-            {name: (sign * energy).view(batch) for name, energy in energies},
+            {name: (sign * energy).view(batch) for name, energy in zip(solve.energies, energies, strict=True)},
             (stats,),
+            error if error is None else error.view(batch),
         )
-
-    def _dynamics(self, solve: Solve, probes: Tensor | None):
-        """What the solver integrates: velocity, divergence, energies."""
-        dimensions = self.event_shape.numel() if solve.reduction == "mean" else 1
-
-        def dynamics(t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-            rates = []
-            if solve.trace == "none":
-                v = self.field(t, z)
-                require_velocity(self.field, v, z)
-            else:
-                v, rows = products(self.field, t, z, probes)
-                rates.append(divergence(rows, probes))
-            for name in solve.energies:
-                if name == "kinetic_energy":
-                    rates.append(0.5 * v.square().flatten(1).sum(-1) / dimensions)
-                else:
-                    rates.append(squared_norm(rows, probes) / dimensions)
-            return v, torch.stack(rates) if rates else z.new_zeros(0, len(z))
-
-        return dynamics
 
     def extra_repr(self) -> str:
         interval = "" if self.interval == (0.0, 1.0) else f", interval={self.interval}"
         return super().extra_repr() + interval
 
 
-def _definer(kind: type, name: str) -> type | None:
-    """The class in which a class finds an attribute."""
-    return next((parent for parent in kind.__mro__ if name in vars(parent)), None)
+class _Dynamics:
+    """What the solver integrates: velocity, divergence, energies.
+
+    Attributes:
+        traces: how many of the rates are divergences: one, or one for each probe.
+        rates: how many there are.
+    """
+
+    def __init__(self, flow: CNF, solve: Solve, z: Tensor, context: Tensor | None) -> None:
+        self.field, self.solve, self.context = flow.field, solve, context
+        self.probes = draw_probes(solve, z)
+        self.dimensions = flow.event_shape.numel() if solve.reduction == "mean" else 1
+        self.traces = {"none": 0, "exact": 1, "hutchinson": solve.probes or 1}[solve.trace]
+        self.rates = self.traces + len(solve.energies)
+
+    def at(self, times: Tensor) -> list:
+        """The dynamics at some times, as functions of the state."""
+        return [partial(self._evaluate, moment) for moment in moments(self.field, times, self.context)]
+
+    def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        (evaluate,) = self.at(t[None])
+        return evaluate(z)
+
+    def _evaluate(self, moment: Moment, z: Tensor, rated: bool = True) -> tuple[Tensor, Tensor]:
+        """The velocity, and the rates if they are used: a step of Dormand–Prince, say, has stages of weight zero."""
+        trace, jacobian, rows, rates = self.solve.trace, "jacobian_energy" in self.solve.energies, None, []
+        if not rated or trace == "none":
+            v = moment.value(z)
+            require_velocity(self.field, v, z)
+            if not rated:
+                return v, None
+        elif trace == "exact" and not (jacobian and self.probes is None):
+            v, divergences = moment.with_trace(z)
+            rates.append(divergences[None])
+            if jacobian:
+                _, rows = moment.with_products(z, self.probes)
+        else:
+            v, rows = moment.with_products(z, self.probes)
+            rates.append(divergence(rows, self.probes))
+        visit = Visit(moment, z, v, rows, self.probes)
+        rates += [RATES[name](visit)[None] / self.dimensions for name in self.solve.energies]
+        return v, torch.cat(rates) if rates else z.new_zeros(0, len(z))

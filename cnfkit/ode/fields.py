@@ -2,24 +2,19 @@ r"""Velocity fields :math:`v(t, z)`: networks that see the point and the time.""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnfkit.arguments import as_shape
+from cnfkit.arguments import as_shape, check_features
+from cnfkit.ode import tangents
+from cnfkit.ode.moments import Moment
 
 
-class _TimeLinear(nn.Linear):
-    """A linear layer that the time changes: ``at(t)`` is the common layer that it is at time ``t``."""
-
-    def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        return F.linear(h, *self.at(t))
-
-
-class Concat(_TimeLinear):
+class Concat(nn.Linear):
     r"""A layer that sees the time as one more input.
 
     .. math:: h \mapsto W h + b + t\, w
@@ -32,12 +27,16 @@ class Concat(_TimeLinear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs + 1, outputs)
 
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """The layer at a time, a scalar or one for each row."""
+        return F.linear(h, self.weight[:, :-1], self.bias) + t[..., None] * self.weight[:, -1]
+
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight and the bias at time ``t``."""
-        return self.weight[:, :-1], self.bias + t * self.weight[:, -1]
+        """The weight and the bias of the common layer that it is at time ``t``; of shape ``(T, ...)`` at many."""
+        return self.weight[:, :-1], self.bias + t[..., None] * self.weight[:, -1]
 
 
-class ConcatSquash(_TimeLinear):
+class ConcatSquash(nn.Linear):
     r"""A layer whose output the time scales and shifts.
 
     .. math:: h \mapsto \sigma(t\, g + g_0) \odot (W h + b) + t\, w, \qquad \sigma(a) = \frac{1}{1 + e^{-a}}
@@ -54,10 +53,16 @@ class ConcatSquash(_TimeLinear):
         self.gate = nn.Linear(1, outputs)
         self.drift = nn.Linear(1, outputs, bias=False)
 
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """The layer at a time, a scalar or one for each row."""
+        t = t[..., None]
+        return torch.sigmoid(self.gate(t)) * super().forward(h) + self.drift(t)
+
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight and the bias at time ``t``."""
-        gate = torch.sigmoid(t * self.gate.weight[:, 0] + self.gate.bias)
-        return gate[:, None] * self.weight, gate * self.bias + t * self.drift.weight[:, 0]
+        """The weight and the bias of the common layer that it is at time ``t``; of shape ``(T, ...)`` at many."""
+        t = t[..., None]
+        gate = torch.sigmoid(self.gate(t))
+        return gate[..., None] * self.weight, gate * self.bias + self.drift(t)
 
 
 class Hyper(nn.Module):
@@ -82,23 +87,19 @@ class Hyper(nn.Module):
             self.net[-1].weight *= inputs**-0.5
             self.net[-1].bias.copy_(torch.cat([like.weight.flatten(), like.bias]))
 
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """The layer at a time, a scalar or one for each row."""
+        weight, bias = self.at(t)
+        return (weight @ h[..., None])[..., 0] + bias
+
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight and the bias at time ``t``."""
-        weight, bias = self.net(t.reshape(1)).split([self.shape[0] * self.shape[1], self.shape[0]])
-        return weight.view(self.shape), bias
-
-
-def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
-    y = torch.tanh(a)
-    return y, 1 - y.square()
-
-
-def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
-    return F.softplus(a), torch.sigmoid(a)
+        """The weight and the bias of the common layer that it is at time ``t``; of shape ``(T, ...)`` at many."""
+        weight, bias = self.net(t[..., None]).split([self.shape[0] * self.shape[1], self.shape[0]], dim=-1)
+        return weight.unflatten(-1, self.shape), bias
 
 
 LAYERS = {"concat": Concat, "concatsquash": ConcatSquash, "hyper": Hyper}
-ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"tanh": _tanh, "softplus": _softplus}
+ACTIVATIONS = {"tanh": torch.tanh, "softplus": F.softplus}
 
 
 class MLPField(nn.Module):
@@ -115,11 +116,15 @@ class MLPField(nn.Module):
         time: how the layers depend on the time, ``"concat"``, ``"concatsquash"`` or ``"hyper"``.
         activation: :math:`\sigma`, ``"tanh"`` or ``"softplus"``. Both are smooth, as the solver's error estimate and
             the derivative of the divergence need.
+        context: the number of features of a context, which the first layer takes besides; none unless given.
 
     Raises:
-        ValueError: if a width is not a positive whole number, or a name is unknown.
+        ValueError: if a width is not a positive whole number, or a name is unknown; on a call, if the context is
+            missing or has another width.
 
     >>> MLPField(2)(torch.tensor(0.5), torch.randn(7, 2)).shape
+    torch.Size([7, 2])
+    >>> MLPField(2, context=3)(torch.rand(7), torch.randn(7, 2), torch.randn(7, 3)).shape  # a time for each point
     torch.Size([7, 2])
     """
 
@@ -129,30 +134,66 @@ class MLPField(nn.Module):
         hidden: Sequence[int] = (64, 64, 64),
         time: str = "concatsquash",
         activation: str = "tanh",
+        context: int = 0,
     ) -> None:
         super().__init__()
         hidden = as_shape("hidden", hidden)
         for name, value, known in (("time", time, LAYERS), ("activation", activation, ACTIVATIONS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(known)}")
+        if not isinstance(context, int) or context < 0:
+            raise ValueError(f"context is {context!r}; wanted a number of features, 0 for none")
         self.event_shape = as_shape("dimension", dimension)
         if len(self.event_shape) != 1:
             raise ValueError(f"dimension is {dimension!r}; wanted one number")
-        self.hidden, self.time, self.activation = tuple(hidden), time, activation
+        self.hidden, self.time, self.activation, self.context = tuple(hidden), time, activation, context
         d = self.event_shape[0]
-        self.layers = nn.ModuleList(LAYERS[time](a, b) for a, b in pairwise((d, *hidden, d)))
+        self.layers = nn.ModuleList(LAYERS[time](a, b) for a, b in pairwise((d + context, *hidden, d)))
         last = self.layers[-1]
         for parameter in (last.net[-1] if time == "hyper" else last).parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """The velocity, shape ``(n, d)``, at a time, a scalar tensor, and points, shape ``(n, d)``."""
-        for layer in self.layers[:-1]:
-            weight, bias = layer.at(t)
-            z, _ = ACTIVATIONS[self.activation](F.linear(z, weight, bias))
-        return F.linear(z, *self.layers[-1].at(t))
+    @property
+    def takes_context(self) -> bool:
+        return self.context > 0
 
-    def with_products(self, t: Tensor, z: Tensor, probes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity, shape ``(n, d)``.
+
+        Args:
+            t: a scalar tensor, or a time for each point, shape ``(n,)``.
+            z: points, shape ``(n, d)``.
+            context: shape ``(n, features)``.
+        """
+        if self.context:
+            z = torch.cat([z, check_features("MLPField", context, z.shape[:1], self.context)], -1)
+        for layer in self.layers[:-1]:
+            z = ACTIVATIONS[self.activation](layer(t, z))
+        return self.layers[-1](t, z)
+
+    def moments(self, times: Tensor, context: Tensor | None = None) -> list[Moment]:
+        """The field at some times, with the weights of those times computed once.
+
+        Args:
+            times: shape ``(T,)``.
+            context: shape ``(n, features)``.
+        """
+        layers, activation = [layer.at(times) for layer in self.layers], self.activation
+        if activation == "tanh":
+            layers, activation = tangents.as_logistic(layers), "logistic"
+        if self.context:  # it shifts the sums of the first layer, the same at every evaluation
+            (weight, bias), features = layers[0], check_features("MLPField", context, context.shape[:1], self.context)
+            weight, seen = weight.split([self.event_shape[0], self.context], dim=-1)
+            layers[0] = weight, bias[:, None] + features @ seen.mT
+        each = [
+            zip(weight.unbind() if weight.dim() == 3 else [weight] * len(times), bias.unbind(), strict=True)
+            for weight, bias in layers
+        ]
+        return [MLPMoment(self, t, context, activation, parts) for t, *parts in zip(times.unbind(), *each, strict=True)]
+
+    def with_products(
+        self, t: Tensor, z: Tensor, probes: Tensor | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         r"""The velocity, and the products :math:`J \varepsilon_k` of its Jacobian, from one pass.
 
         .. math:: h' = \sigma(W h + b), \qquad \dot h' = \sigma'(W h + b) \odot W \dot h
@@ -161,19 +202,35 @@ class MLPField(nn.Module):
             t: a scalar tensor.
             z: points, shape ``(n, d)``.
             probes: :math:`\varepsilon_k`, shape ``(k, n, d)``; the unit vectors, k = d, if not given.
+            context: shape ``(n, features)``.
 
         Returns:
             The velocity, shape ``(n, d)``, and the products, shape ``(k, n, d)``.
         """
-        tangents = probes
-        for layer in self.layers[:-1]:
-            weight, bias = layer.at(t)
-            z, slope = ACTIVATIONS[self.activation](F.linear(z, weight, bias))
-            # a unit vector's product with the first weight is a column of it
-            products = weight.T[:, None] if tangents is None else F.linear(tangents, weight)
-            tangents = slope * products
-        weight, bias = self.layers[-1].at(t)
-        return F.linear(z, weight, bias), F.linear(tangents, weight)
+        (moment,) = self.moments(t[None], context)
+        return moment.with_products(z, probes)
 
     def extra_repr(self) -> str:
-        return f"{self.event_shape[0]}, hidden={self.hidden}, time={self.time!r}, activation={self.activation!r}"
+        context = f", context={self.context}" * bool(self.context)
+        return (
+            f"{self.event_shape[0]}, hidden={self.hidden}, time={self.time!r}, activation={self.activation!r}{context}"
+        )
+
+
+class MLPMoment(Moment):
+    """An :class:`MLPField` at one time: the layers of a common network."""
+
+    def __init__(
+        self, field: MLPField, t: Tensor, context: Tensor | None, activation: str, layers: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__(field, t, context)
+        self.activation, self.layers = activation, layers
+
+    def value(self, z: Tensor) -> Tensor:
+        return tangents.with_tangents(self.activation, self.layers, z, None)[0]
+
+    def with_products(self, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+        return tangents.with_tangents(self.activation, self.layers, z, "unit" if probes is None else probes)
+
+    def with_trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return tangents.with_trace(self.activation, self.layers, z)

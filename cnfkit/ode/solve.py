@@ -16,7 +16,7 @@ from cnfkit.ode.tableaux import TABLEAUX
 TRACES = ("exact", "hutchinson", "none")
 NOISES = ("rademacher", "gaussian")
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
-ENERGIES = ("kinetic_energy", "jacobian_energy")
+ENERGIES = ("kinetic_energy", "jacobian_energy", "total_derivative", "hamilton_jacobi")
 TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun3", "rk4")  # those of Adams are wrong on unequal steps
 TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
@@ -34,7 +34,9 @@ class Solve:
     Attributes:
         trace: how the divergence of the field is found: ``"exact"``; ``"hutchinson"``, an unbiased estimate; ``"none"``
             for points alone (the log-determinant is then NaN).
-        probes: the number of Hutchinson probes; they are drawn once a solve, and averaged over.
+        probes: the number of Hutchinson probes, one unless given; they are drawn once a solve. With several, the spread
+            of their estimates gives :attr:`cnfkit.Result.standard_error`. With the exact trace they estimate the
+            Jacobian energy, which is exact otherwise.
         noise: their distribution, ``"rademacher"`` or ``"gaussian"``.
         generator: where the probes come from.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"``, ``"rk4_38"`` (the 3/8 rule), ``"dopri5"``, or
@@ -44,9 +46,11 @@ class Solve:
         control_logdet: whether the log-determinant counts among the numbers; unless given, it does when the trace is
             exact, and does not with Hutchinson, where the steps would depend on the noise.
         gradient: how the solve is differentiated: ``"backprop"``; ``"checkpoint"``, the same with one state a step in
-            memory, for a second evaluation of a field that must be deterministic; ``"adjoint"``, with torchdiffeq's
-            solvers, with respect to the points and the field's parameters alone.
-        energies: which energies of the path to integrate, of ``"kinetic_energy"`` and ``"jacobian_energy"``.
+            memory, for a second evaluation of a field that must be deterministic; ``"adjoint"``, by a second solve
+            backwards, our own or torchdiffeq's with its solvers. The last two differentiate once, with respect to the
+            points, the context and the field's parameters, and nothing else that the field may hold.
+        energies: which energies of the path to integrate, of ``"kinetic_energy"``, ``"jacobian_energy"``,
+            ``"total_derivative"`` and ``"hamilton_jacobi"``, see :class:`cnfkit.CNF`.
         reduction: ``"sum"`` over the dimensions in the energies, or their ``"mean"``.
         max_steps: a bound on the number of steps.
 
@@ -61,7 +65,7 @@ class Solve:
     """
 
     trace: str = "exact"
-    probes: int = 1
+    probes: int | None = None
     noise: str = "rademacher"
     generator: torch.Generator | None = field(default=None, repr=False)  # its repr is an address
     method: str = "dopri5"
@@ -78,8 +82,9 @@ class Solve:
         _require_known("noise", self.noise, NOISES)
         _require_known("gradient", self.gradient, GRADIENTS)
         _require_known("reduction", self.reduction, ("sum", "mean"))
-        for name, value in (("probes", self.probes), ("max_steps", self.max_steps)):
-            object.__setattr__(self, name, as_count(name, value))
+        object.__setattr__(self, "max_steps", as_count("max_steps", self.max_steps))
+        if self.probes is not None:
+            object.__setattr__(self, "probes", as_count("probes", self.probes))
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator is a {type(self.generator).__name__}; wanted a torch.Generator")
         if isinstance(self.energies, str):
@@ -116,11 +121,6 @@ class Solve:
         foreign = self.method.startswith("torchdiffeq:")
         if self.gradient == "checkpoint" and foreign:
             raise ValueError("gradient is 'checkpoint', which torchdiffeq does not have; wanted backprop or adjoint")
-        if self.gradient == "adjoint" and not foreign:
-            raise ValueError(
-                f"gradient is 'adjoint' with method {self.method!r}; the adjoint comes with torchdiffeq's solvers, "
-                "such as 'torchdiffeq:dopri5'"
-            )
         adaptive = adapts(self.method)
         if self.times is not None:
             if self.tolerance is not None:

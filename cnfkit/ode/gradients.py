@@ -1,0 +1,115 @@
+r"""Two ways to differentiate a solve that keep few states, or none, in memory.
+
+Plain backpropagation keeps what every evaluation computed. *Checkpointing* keeps the state at the beginning of each
+step, and takes the step once more when its turn comes: the same gradients, to rounding. The *adjoint* keeps the last
+state alone, and solves an equation for the gradient backwards in time: the gradients within the tolerance of that
+second solve.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cnfkit.ode.solve import Solve
+from cnfkit.ode.solvers import Counting, run, runge_kutta_step, stages, without_error
+from cnfkit.ode.statistics import Statistics
+
+
+class Checkpointed(torch.autograd.Function):
+    r"""A solve whose steps are taken again, from the last to the first, in the backward pass.
+
+    .. math:: \bar z_k = \left( \frac{\partial z_{k+1}}{\partial z_k} \right)^{\!\top} \bar z_{k+1}
+    """
+
+    @staticmethod
+    def forward(ctx, dynamics: Counting, start: float, end: float, solve: Solve, controlled: int, z, *parameters):
+        value, total, path = run(dynamics, z, start, end, solve, controlled)
+        ctx.dynamics, ctx.method = dynamics, solve.method
+        ctx.steps = [(t, h) for t, h, _ in path]
+        ctx.save_for_backward(*parameters, *(begun for _, _, begun in path))
+        return value, total
+
+    @staticmethod
+    def backward(ctx, g, g_total):
+        tableau = without_error(ctx.method)
+        parameters, states = ctx.saved_tensors[: -len(ctx.steps)], ctx.saved_tensors[-len(ctx.steps) :]
+
+        def step(t: float, h: float, z: Tensor) -> tuple[Tensor, Tensor]:
+            evaluations = ctx.dynamics.at(stages(tableau, t, h), z)
+            return runge_kutta_step(evaluations, tableau, h, z)[:2]
+
+        _refuse_twice("checkpoint")
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        for (t, h), z in zip(reversed(ctx.steps), reversed(states), strict=True):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                ends = step(t, h, z)
+            g, *gradients = _gradients(ends, (g, g_total), (z, *parameters))
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += gradient
+        return *[None] * 5, g, *sums
+
+
+class Adjoint(torch.autograd.Function):
+    r"""A solve that is differentiated by another one, backwards in time.
+
+    With :math:`L` a function of the end :math:`z(t_1)` and of the integrals :math:`\int r \, \mathrm dt`, and
+    :math:`g = \partial L / \partial \int r`,
+
+    .. math::
+
+        \dot a = -\left( \frac{\partial v}{\partial z} \right)^{\!\top} a
+                 - \left( \frac{\partial r}{\partial z} \right)^{\!\top} g, \qquad
+        a(t_1) = \frac{\partial L}{\partial z(t_1)}, \qquad
+        a(t_0) = \frac{\partial L}{\partial z(t_0)},
+
+        \frac{\partial L}{\partial \theta} = \int_{t_0}^{t_1} \left( \frac{\partial v}{\partial \theta} \right)^{\!\top}
+        a + \left( \frac{\partial r}{\partial \theta} \right)^{\!\top} g \, \mathrm dt
+
+    The state goes back along, from its end. Source: Pontryagin et al., 1962; Chen et al., *Neural ordinary differential
+    equations*, section 2.
+    """
+
+    @staticmethod
+    def forward(ctx, dynamics: Counting, start: float, end: float, solve: Solve, controlled: int, z, *parameters):
+        value, total, _ = run(dynamics, z, start, end, solve, controlled)
+        ctx.dynamics, ctx.interval, ctx.solve = dynamics, (start, end), solve
+        ctx.save_for_backward(value, *parameters)
+        return value, total
+
+    @staticmethod
+    def backward(ctx, g, g_total):
+        _refuse_twice("adjoint")
+        value, *parameters = ctx.saved_tensors
+
+        def augmented(t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            z, a = state.unbind()
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                v, rates = ctx.dynamics.dynamics(t, z)
+            g_z, *g_parameters = _gradients((v, rates), (a, g_total), (z, *parameters))
+            flat = [gradient.flatten() for gradient in g_parameters]
+            # the state goes back with its adjoint; what accumulates on the way is no part of the steps' error
+            return torch.stack([v.detach(), -g_z]), torch.cat([z.new_zeros(0), *flat])
+
+        back, (start, end) = Counting(augmented, Statistics()), ctx.interval
+        state, total, _ = run(back, torch.stack([value, g]), end, start, ctx.solve, 0)
+        ctx.dynamics.stats.backward_evaluations += back.stats.evaluations
+        sizes = [parameter.numel() for parameter in parameters]
+        sums = [-part.view_as(parameter) for part, parameter in zip(total.split(sizes), parameters, strict=True)]
+        return *[None] * 5, state[1], *sums
+
+
+def _gradients(ends, weights, starts) -> tuple[Tensor, ...]:
+    """Vector–Jacobian products; zeros where nothing depends on anything."""
+    pairs = [(end, weight) for end, weight in zip(ends, weights, strict=True) if end.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(start) for start in starts)
+    ends, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(ends, starts, weights, materialize_grads=True)
+
+
+def _refuse_twice(gradient: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"gradient is {gradient!r}, which differentiates once; for second derivatives use 'backprop'")

@@ -1,0 +1,212 @@
+r"""A fully connected network and the products of its Jacobian, in one pass that is differentiated by hand.
+
+With :math:`h_0 = z`, :math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = \sigma(a_l)` and the last layer without
+:math:`\sigma`, a *tangent* goes through the layers beside the value: :math:`\tau_0 = \varepsilon`,
+:math:`\tau_l = \sigma'(a_l) \odot W_l \tau_{l-1}`, until :math:`W_L \tau_{L-1} = J \varepsilon`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnfkit.arguments import concrete
+
+Layers = Sequence[tuple[Tensor, Tensor]]
+
+
+def _logistic(a: Tensor) -> tuple[Tensor, Tensor]:
+    y = a.sigmoid_()
+    return y, torch.addcmul(y, y, y, value=-1)
+
+
+def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
+    return F.softplus(a), torch.sigmoid(a)
+
+
+# From a layer's sum to the activation and its slope σ'; and σ''/σ' = 1 − m·y, as m and which of the two y is.
+ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"logistic": _logistic, "softplus": _softplus}
+BENDS = {"logistic": (2, 0), "softplus": (1, 1)}
+
+
+def as_logistic(layers: Layers) -> list[tuple[Tensor, Tensor]]:
+    r"""The layers of the logistic network that is the same function as a network with tanh.
+
+    As :math:`\tanh a = 2 \sigma(2a) - 1`, the factors and the shift go into the weights. PyTorch's logistic function is
+    several times faster than its tanh on a CPU.
+
+    Args:
+        layers: weights, shape ``(..., outputs, inputs)``, and biases, shape ``(..., outputs)``, from first to last.
+    """
+    folded = []
+    for k, (weight, bias) in enumerate(layers):
+        if k:  # what comes in is 2σ − 1
+            weight, bias = 2 * weight, bias - weight.sum(-1)
+        if k < len(layers) - 1:  # what goes out is σ of twice the sum
+            weight, bias = 2 * weight, 2 * bias
+        folded.append((weight, bias))
+    return folded
+
+
+def with_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
+    r"""The network's value and products :math:`J \varepsilon_k`.
+
+    Args:
+        activation: ``"logistic"`` or ``"softplus"``.
+        layers: weights, shape ``(outputs, inputs)``, and biases, shape ``(outputs,)``, or ``(n, outputs)`` where each
+            point has its own.
+        z: points, shape ``(n, d)``.
+        probes: :math:`\varepsilon_k`, shape ``(k, n, d)``; ``"unit"`` for the unit vectors, k = d; None for no product.
+
+    Returns:
+        The value, shape ``(n, outputs)``, and the products, shape ``(k, n, outputs)``.
+    """
+    if not concrete(z):  # torch.func and torch.export cannot look into a backward pass written by hand
+        return plain_tangents(activation, layers, z, probes)
+    return _Tangents.apply(activation, probes, z, *(part for layer in layers for part in layer))
+
+
+def plain_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
+    """The same in a few lines, left to autograd: the twin that the other is tested against."""
+    tangents = probes
+    if isinstance(probes, str):
+        tangents = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)[:, None].expand(-1, *z.shape)
+    for weight, bias in layers[:-1]:
+        z, slope = ACTIVATIONS[activation](z @ weight.T + bias)
+        tangents = None if tangents is None else slope * (tangents @ weight.T)
+    weight, bias = layers[-1]
+    return z @ weight.T + bias, None if tangents is None else tangents @ weight.T
+
+
+def with_trace(activation: str, layers: Layers, z: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The network's value and the trace of its Jacobian, shape ``(n,)``.
+
+    With one hidden layer or two, the trace is a form in the slopes :math:`s_l = \sigma'(a_l)`, whatever :math:`d` is:
+
+    .. math::
+
+        \operatorname{tr} J = \operatorname{tr} W_2 \operatorname{diag}(s_1) W_1 = \sum_h (W_1 W_2)_{hh} \, s_{1h},
+
+        \operatorname{tr} J = \operatorname{tr} W_3 \operatorname{diag}(s_2) W_2 \operatorname{diag}(s_1) W_1
+        = s_2^\top \left( W_2 \odot (W_1 W_3)^\top \right) s_1
+
+    Proof: a trace does not change under cyclic shifts, so the second is :math:`\sum_{kh} s_{2k} (W_2)_{kh} s_{1h}
+    (W_1 W_3)_{hk}`. So an exact trace costs one product of a matrix with :math:`s_1`, where :math:`d` tangents cost
+    :math:`d` times as much as the network. Deeper networks need the tangents of all unit vectors.
+    """
+    if len(layers) > 3:
+        out, rows = with_tangents(activation, layers, z, "unit")
+        return out, torch.einsum("ini->n", rows)
+    slopes = []
+    for weight, bias in layers[:-1]:
+        z, slope = ACTIVATIONS[activation](torch.addmm(bias, z, weight.T))
+        slopes.append(slope)
+    weight, bias = layers[-1]
+    out = torch.addmm(bias, z, weight.T)
+    (first, _), *others, (last, _) = layers
+    if not others:
+        return out, slopes[0] @ (last.T * first).sum(-1)
+    form = others[0][0] * (first @ last).T
+    return out, (slopes[0] @ form.T * slopes[1]).sum(-1)
+
+
+class _Tangents(torch.autograd.Function):
+    """One node of autograd's graph where the twin makes dozens; what is kept, and how it is multiplied, is chosen."""
+
+    @staticmethod
+    def forward(ctx, activation, probes, z, *parts):
+        traced, unit, depth = probes is not None, isinstance(probes, str), len(parts) // 2
+        states, slopes, products, tangents = [z], [], [], []
+        for k in range(depth - 1):
+            weight, bias = parts[2 * k : 2 * k + 2]
+            state, slope = ACTIVATIONS[activation](torch.addmm(bias, states[-1], weight.T))
+            states.append(state)
+            slopes.append(slope)
+            if traced:
+                if k:
+                    product = _linear(tangents[-1].flatten(0, 1), weight).view(-1, *state.shape)
+                elif unit:  # the product with a unit vector is a column of the weight
+                    product = weight.T.contiguous()[:, None]
+                else:
+                    product = _linear(probes.flatten(0, 1), weight).view(-1, *state.shape)
+                products.append(product)
+                tangents.append(slope * product)
+        weight, bias = parts[-2:]
+        out = _linear(states[-1], weight) + bias
+        rows = _linear(tangents[-1].flatten(0, 1), weight).unflatten(0, (-1, len(z))) if traced else None
+        ctx.activation, ctx.depth, ctx.traced, ctx.unit = activation, depth, traced, unit
+        ctx.save_for_backward(
+            *parts, *states, *slopes, *products, *tangents, *([probes] if traced and not unit else [])
+        )
+        return out, rows
+
+    @staticmethod
+    def backward(ctx, g, g_rows):
+        depth, saved = ctx.depth, ctx.saved_tensors
+        parts, states, slopes, rest = _split(saved, 2 * depth, depth, depth - 1)
+        if torch.is_grad_enabled():  # it is to be differentiated once more
+            return _by_autograd(ctx, saved, g, g_rows)
+        products, tangents, probes = _split(rest, depth - 1, depth - 1)
+        traced, (multiple, which) = ctx.traced, BENDS[ctx.activation]
+        gradients: list[Tensor | None] = [None] * (2 * depth)
+        for k in reversed(range(depth)):
+            weight, bias = parts[2 * k : 2 * k + 2]
+            if k < depth - 1:
+                slope = slopes[k]
+                if traced:
+                    g_slope = g_rows[0] * products[k][0]
+                    for g_row, product in zip(g_rows[1:], products[k][1:], strict=True):
+                        g_slope.addcmul_(g_row, product)
+                    g.add_(g_slope).addcmul_(g_slope, (states[k + 1], slope)[which], value=-multiple)
+                    g_rows.mul_(slope)
+                g.mul_(slope)
+            if ctx.needs_input_grad[3 + 2 * k]:
+                g_weight = _outer(g, states[k])
+                if traced and (k or probes):
+                    g_weight += _outer(g_rows.flatten(0, 1), (tangents[k - 1] if k else probes[0]).flatten(0, 1))
+                elif traced:
+                    g_weight += g_rows.sum(1).T
+                gradients[2 * k] = g_weight
+            if ctx.needs_input_grad[4 + 2 * k]:
+                gradients[2 * k + 1] = g if bias.dim() == 2 else g.sum(0)
+            if traced and k:
+                g_rows = (g_rows.flatten(0, 1) @ weight).view(-1, *states[k].shape)
+            if k:
+                g = g @ weight
+        return None, None, _linear(g, weight.T) if ctx.needs_input_grad[2] else None, *gradients
+
+
+def _by_autograd(ctx, saved, g, g_rows):
+    """The same gradients from the twin, as a function of everything that they depend on."""
+    parts, z = saved[: 2 * ctx.depth], saved[2 * ctx.depth]
+    probes = ("unit" if ctx.unit else saved[-1]) if ctx.traced else None
+
+    def twin(z, *parts):
+        layers = list(zip(parts[::2], parts[1::2], strict=True))
+        return plain_tangents(ctx.activation, layers, z, probes)[: 1 + ctx.traced]
+
+    _, gradients = torch.func.vjp(twin, z, *parts)
+    found = gradients((g, g_rows)[: 1 + ctx.traced])
+    return None, None, *(part if needed else None for part, needed in zip(found, ctx.needs_input_grad[2:], strict=True))
+
+
+def _split(items: Sequence[Tensor], *counts: int) -> list[Sequence[Tensor]]:
+    """The first so many, the next so many, and so on, and the rest."""
+    parts = []
+    for count in counts:
+        parts.append(items[:count])
+        items = items[count:]
+    return [*parts, items]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, computed transposed if it has few columns: with few on the outside it takes several times longer."""
+    return (weight @ x.T).T if len(weight) < 64 else x @ weight.T
+
+
+def _outer(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ x, computed transposed likewise."""
+    return (x.T @ g).T if x.shape[1] < g.shape[1] else g.T @ x
