@@ -49,6 +49,7 @@ from cnfkit.lipschitz import LipschitzConvNet, LipschitzMLP
 from cnfkit.losses import NegativeLogLikelihood, bits_per_dimension
 from cnfkit.nets import MADE, MLP, ConvNet
 from cnfkit.ode.cnf import CNF
+from cnfkit.ode.convfield import ConvField
 from cnfkit.ode.fields import MLPField
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import SolveError, Statistics
@@ -77,6 +78,7 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "Conv1x1",
+    "ConvField",
     "ConvNet",
     "Coordinatewise",
     "Coupling",

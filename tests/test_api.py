@@ -46,7 +46,7 @@ def test_the_modules_on_the_pages_exist(module):
 def test_members_are_what_users_call():
     assert api.members(Bijection) == ["forward", "inverse", "initialize"]
     assert api.members(CNF) == ["between"], "what it inherits stands where it comes from"
-    assert api.members(MLPField) == ["forward", "with_products"], "no hooks of PyTorch's"
+    assert api.members(MLPField) == ["forward", "moments", "with_products"], "no hooks of PyTorch's"
 
 
 def listed(doc: str, title: str) -> set[str]:

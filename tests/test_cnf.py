@@ -525,7 +525,9 @@ def test_probes_are_averaged_over():
               for k in range(3)]  # fmt: skip
     together = divergence(rows, probes), squared_norm(rows, probes)
     for k in range(2):
-        torch.testing.assert_close(together[k].view(-1, 5).mean(0), torch.cat([one[k].view(1, 5) for one in singly]).mean(0))
+        torch.testing.assert_close(
+            together[k].view(-1, 5).mean(0), torch.cat([one[k].view(1, 5) for one in singly]).mean(0)
+        )
 
 
 def test_the_steps_do_not_depend_on_the_noise():

@@ -39,13 +39,6 @@ def fit(data=None, loss=None, **options):
     return k.fit(loss, data, **dict(steps=2, progress=False) | options)
 
 
-class Faster(k.MLPField):
-    """A field that changes one of its two answers."""
-
-    def forward(self, t, z):
-        return 2 * super().forward(t, z)
-
-
 class Double(nn.Module):
     """No contraction."""
 
@@ -1035,11 +1028,6 @@ TABLE = {
         V,
         "gradient is 'checkpoint', which torchdiffeq does not have; wanted backprop or adjoint",
     ),
-    "adjoint of our own solver": Bad(
-        lambda: k.Solve(gradient="adjoint"),
-        V,
-        "gradient is 'adjoint' with method 'dopri5'; the adjoint comes with torchdiffeq's solvers, such as 'torch",
-    ),
     "grid for a solver that takes none": Bad(
         lambda: k.Solve(method="torchdiffeq:dopri5", times=(0, 1)),
         V,
@@ -1118,11 +1106,6 @@ TABLE = {
     ),
     # continuous flows
     "function for a field": Bad(lambda: k.CNF(lambda t, z: z), T, "field is a function; wanted a torch.nn.Module"),
-    "field of two minds": Bad(
-        lambda: k.CNF(Faster(2)),
-        T,
-        "field: Faster overrides forward, but has with_products from MLPField; wanted both of one class",
-    ),
     "field of unknown shape": Bad(
         lambda: k.CNF(nn.Tanh()), V, "event_shape is missing, and Tanh has none; wanted a shape, such as 2"
     ),

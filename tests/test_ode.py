@@ -20,7 +20,14 @@ from cnfkit.ode.tableaux import TABLEAUX
 
 FIXED = [*TABLEAUX, *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_FIXED)]
 ADAPTIVE = ["dopri5", *(f"torchdiffeq:{name}" for name in TORCHDIFFEQ_ADAPTIVE)]
-STAGES = {"euler": 1, "midpoint": 2, "rk4": 4, "rk4_38": 4, "dopri5": 6}  # without the one for the error alone
+STAGES = {
+    "euler": 1,
+    "midpoint": 2,
+    "rk4": 4,
+    "rk4_38": 4,
+    "rk6": 7,
+    "dopri5": 6,
+}  # without the one for the error alone
 
 
 def on_grid(method: str, steps: int, **options) -> Solve:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnfkit.arguments import as_count, check_positive, full_precision
 from cnfkit.bijections.base import Bijection, Result
-from cnfkit.ode.divergence import draw_probes
+from cnfkit.ode.divergence import average, draw_probes
 from cnfkit.ode.solve import Solve
 
 # The roulette: so many terms always, then with this chance one more, and so on. Terms fall as cᵏ and weights grow as
@@ -105,18 +105,20 @@ class Residual(Bijection):
         with full_precision(points):
             g = self.net.contracted() if hasattr(self.net, "contracted") else self.net
         with full_precision(points):  # half precision would not keep the bound
-            value, logdet = go(lambda x: _same_kind(g(x), x), points.reshape(-1, *self.event_shape), solve)
-        return Result(value.view(points.shape), logdet.view(batch))
+            value, logdets = go(lambda x: _same_kind(g(x), x), points.reshape(-1, *self.event_shape), solve)
+        logdet, error = average(logdets, solve)
+        error = error if error is None else error.view(batch)
+        return Result(value.view(points.shape), logdet.view(batch), standard_error=error)
 
     def _there(self, g: Callable, x: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
         if solve.trace == "none":
-            return x + g(x), x.new_full(x.shape[:1], math.nan)
+            return x + g(x), x.new_full((1, len(x)), math.nan)
         training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [x, *self.net.parameters()])
         with torch.enable_grad():
             y, pull = _linearised(g, x if training and x.requires_grad else x.detach().requires_grad_())
         with torch.set_grad_enabled(training):
-            logdet = self._estimate(pull, x, solve) if solve.trace == "hutchinson" else _log_determinant(pull, x)
-        return x + (y if training else y.detach()), logdet
+            logdets = self._estimate(pull, x, solve) if solve.trace == "hutchinson" else _log_determinant(pull, x)[None]
+        return x + (y if training else y.detach()), logdets
 
     def _back(self, g: Callable, z: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
         x = self._fixed_point(g, z)
@@ -156,13 +158,14 @@ class Residual(Bijection):
         )
 
     def _estimate(self, pull: Callable, x: Tensor, solve: Solve) -> Tensor:
-        numbers, another = [self.terms] * solve.probes, 1.0
+        probes = draw_probes(solve, x)
+        numbers, another = [self.terms] * len(probes), 1.0
         if self.terms is None:
             device, another = solve.generator.device if solve.generator else "cpu", ANOTHER
-            more = torch.empty(solve.probes, device=device).geometric_(1 - another, generator=solve.generator) - 1
+            more = torch.empty(len(probes), device=device).geometric_(1 - another, generator=solve.generator) - 1
             numbers = (ALWAYS + more).long().tolist()
         estimates = []
-        for v, n in zip(draw_probes(solve, x), numbers, strict=True):
+        for v, n in zip(probes, numbers, strict=True):
             w, series, total = v, 0.0, 0.0
             with torch.no_grad():
                 for k in range(n):
@@ -174,7 +177,7 @@ class Residual(Bijection):
                 slope = (pull(series) * v).flatten(1).sum(1)
                 total = total + _Pullback.apply(slope - slope.detach(), _once)
             estimates.append(total)
-        return torch.stack(estimates).mean(0)
+        return torch.stack(estimates)
 
     def extra_repr(self) -> str:
         options = {"terms": self.terms, "tolerance": self.tolerance, "max_iterations": self.max_iterations}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cnfkit.arguments import as_shape
 from cnfkit.bijections.base import Bijection, Result
-from cnfkit.ode.divergence import divergence, draw_probes
+from cnfkit.ode.divergence import average, divergence, draw_probes
 from cnfkit.ode.energies import RATES, Visit
 from cnfkit.ode.integrate import integrate
 from cnfkit.ode.moments import Moment, moments, require_velocity
@@ -128,14 +128,7 @@ class CNF(Bijection):
             if dynamics.traces and not controlled and solve.tolerance is not None:
                 stats.status = "points within tolerance"
         traces, energies = integrals[: dynamics.traces], integrals[dynamics.traces :]
-        logdet = traces.mean(0) if dynamics.traces else z.new_full((len(z),), math.nan)
-        error = None
-        if solve.trace == "hutchinson":  # of a mean of independent numbers; of one number it is not known
-            error = (
-                (traces.detach().var(0) / len(traces)).sqrt()
-                if len(traces) > 1
-                else logdet.new_full((len(z),), math.nan)
-            )
+        logdet, error = average(traces if dynamics.traces else z.new_full((1, len(z)), math.nan), solve)
         sign = 1.0 if end > start else -1.0  # an energy is that of the path, whichever way it is gone
         return Result(
             value.view(points.shape),

@@ -2,6 +2,8 @@ r"""The divergence of a field, exact or estimated, from products with its Jacobi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,14 @@ from cnfkit.ode.solve import Solve
 
 
 def draw_probes(solve: Solve, z: Tensor) -> Tensor | None:
-    r"""The probes of one solve, shape ``(k, n, *event)``: numbers of mean 0 and variance 1; None for the exact trace.
+    r"""The probes of one solve, shape ``(k, n, *event)``: numbers of mean 0 and variance 1; None where
+    nothing is estimated.
 
     They are drawn in float32 on the generator's device, so that a CPU generator gives the same everywhere, and a
     float64 copy of a model sees the same probes.
     """
-    if solve.trace == "none" or (solve.trace == "exact" and solve.probes is None):
+    estimated = solve.trace == "hutchinson" or (solve.probes is not None and "jacobian_energy" in solve.energies)
+    if solve.trace == "none" or not estimated:
         return None
     options = {"dtype": torch.float32, "device": solve.generator.device if solve.generator else z.device}
     shape = (solve.probes or 1, *z.shape)
@@ -35,6 +39,19 @@ def divergence(products: Tensor, probes: Tensor | None) -> Tensor:
     if probes is None:
         return torch.einsum("ini->n", products.flatten(2))[None]
     return (products * probes).flatten(2).sum(-1)
+
+
+def average(estimates: Tensor, solve: Solve) -> tuple[Tensor, Tensor | None]:
+    """The mean of what each probe estimates, ``(k, n)`` to ``(n,)``, and its standard error.
+
+    That is NaN for one probe, whose error is not known, and None where nothing was estimated.
+    """
+    mean, k = estimates.mean(0), len(estimates)
+    if solve.trace != "hutchinson":
+        return mean, None
+    if k == 1:
+        return mean, torch.full_like(mean, math.nan, requires_grad=False)
+    return mean, (estimates.detach().var(0) / k).sqrt()
 
 
 def squared_norm(products: Tensor, probes: Tensor | None) -> Tensor:

@@ -112,4 +112,4 @@ def _gradients(ends, weights, starts) -> tuple[Tensor, ...]:
 
 def _refuse_twice(gradient: str) -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError(f"gradient is {gradient!r}, which differentiates once; for second derivatives use 'backprop'")
+        raise RuntimeError(f"gradient is {gradient!r}, which differentiates once; 'backprop' differentiates twice")

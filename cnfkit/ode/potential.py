@@ -108,6 +108,8 @@ class PotentialField(nn.Module):
 class PotentialMoment(Moment):
     """A :class:`PotentialField` at one time."""
 
+    _last: tuple[Tensor | None, Tensor | None] = (None, None)
+
     def with_products(self, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
         r"""The velocity, and the products :math:`J \varepsilon_k` with minus the Hessian, a factor after the other."""
         if probes is None:
@@ -137,12 +139,15 @@ class PotentialMoment(Moment):
         return v, -laplacian
 
     def time_derivative_of_potential(self, z: Tensor) -> Tensor:
-        return self.field.gradient(self.t, z)[..., -1]
+        seen, derivative = self._last
+        return derivative if seen is z else self.field.gradient(self.t, z)[..., -1]
 
     def _curvature(self, z: Tensor) -> tuple[Tensor, ...]:
         """The velocity, what stands in the Hessian between the matrices, and K_0 and A without the time's column."""
         field = self.field
         gradient, tau0, tau1, p = field._parts(self.t, z)
+        if gradient.requires_grad:  # autograd holds on to it anyway
+            self._last = z, gradient[..., -1]
         bends = (1 - tau0.square()) * p, (1 - tau1.square()) * field.w
         return -gradient[..., :-1], tau0, *bends, field.first.weight[:, :-1], field.A[:, :-1]
 

@@ -39,8 +39,8 @@ class Solve:
             Jacobian energy, which is exact otherwise.
         noise: their distribution, ``"rademacher"`` or ``"gaussian"``.
         generator: where the probes come from.
-        method: ``"euler"``, ``"midpoint"``, ``"rk4"``, ``"rk4_38"`` (the 3/8 rule), ``"dopri5"``, or
-            ``"torchdiffeq:NAME"`` for a solver of torchdiffeq.
+        method: ``"euler"``, ``"midpoint"``, ``"rk4"``, ``"rk4_38"`` (the 3/8 rule), ``"rk6"`` (Butcher's of order 6),
+            ``"dopri5"``, or ``"torchdiffeq:NAME"`` for a solver of torchdiffeq.
         times: the step times of a fixed grid, as shares of the whole interval: increasing from 0 to 1.
         tolerance: the error tolerance of an adaptive solver; 1e-5 unless ``times`` or ``tolerance`` is given.
         control_logdet: whether the log-determinant counts among the numbers; unless given, it does when the trace is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -27,6 +28,8 @@ class Tableau:
     error: tuple[float, ...] | None = None
 
 
+_R = math.sqrt(5)
+
 TABLEAUX = {
     "euler": Tableau(a=(), b=(1.0,), c=(), order=1),
     "midpoint": Tableau(a=((1 / 2,),), b=(0.0, 1.0), c=(1 / 2,), order=2),
@@ -42,6 +45,21 @@ TABLEAUX = {
         b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
         c=(1 / 3, 2 / 3, 1.0),
         order=4,
+    ),
+    # Butcher, "On Runge-Kutta processes of high order", 1964: order 6 in seven stages, at the nodes of Lobatto's
+    # quadrature. Three stages have no weight in the step: rates, such as a divergence, are needed at four alone.
+    "rk6": Tableau(
+        a=(
+            ((5 - _R) / 10,),
+            (-_R / 10, (5 + 2 * _R) / 10),
+            ((-15 + 7 * _R) / 20, (-1 + _R) / 4, (15 - 7 * _R) / 10),
+            ((5 - _R) / 60, 0.0, 1 / 6, (15 + 7 * _R) / 60),
+            ((5 + _R) / 60, 0.0, (9 - 5 * _R) / 12, 1 / 6, (-5 + 3 * _R) / 10),
+            (1 / 6, 0.0, (-55 + 25 * _R) / 12, (-25 - 7 * _R) / 12, 5 - 2 * _R, (5 + _R) / 2),
+        ),
+        b=(1 / 12, 0.0, 0.0, 0.0, 5 / 12, 5 / 12, 1 / 12),
+        c=((5 - _R) / 10, (5 + _R) / 10, (5 - _R) / 10, (5 + _R) / 10, (5 - _R) / 10, 1.0),
+        order=6,
     ),
     # Dormand and Prince, "A family of embedded Runge-Kutta formulae", 1980, table 2
     "dopri5": Tableau(

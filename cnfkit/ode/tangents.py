@@ -29,6 +29,8 @@ def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
 
 # From a layer's sum to the activation and its slope σ'; and σ''/σ' = 1 − m·y, as m and which of the two y is.
 ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"logistic": _logistic, "softplus": _softplus}
+# Where nothing is kept, so many points go through all layers at once: what they need fits the cache of a core.
+BLOCK = 1024
 BENDS = {"logistic": (2, 0), "softplus": (1, 1)}
 
 
@@ -66,7 +68,17 @@ def with_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | s
     """
     if not concrete(z):  # torch.func and torch.export cannot look into a backward pass written by hand
         return plain_tangents(activation, layers, z, probes)
-    return _Tangents.apply(activation, probes, z, *(part for layer in layers for part in layer))
+    if torch.is_grad_enabled():
+        return _Tangents.apply(activation, probes, z, *(part for layer in layers for part in layer))
+    if z.device.type != "cpu" or any(bias.dim() == 2 for _, bias in layers):
+        return _inferred(activation, layers, z, probes)
+    blocks = z.split(BLOCK)
+    parts = probes.split(BLOCK, dim=1) if isinstance(probes, Tensor) else [probes] * len(blocks)
+    done = [_inferred(activation, layers, *block) for block in zip(blocks, parts, strict=True)]
+    if len(done) == 1:
+        return done[0]
+    outs, rows = zip(*done, strict=True)
+    return torch.cat(outs), None if probes is None else torch.cat(rows, dim=1)
 
 
 def plain_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
@@ -113,6 +125,27 @@ def with_trace(activation: str, layers: Layers, z: Tensor) -> tuple[Tensor, Tens
     return out, (slopes[0] @ form.T * slopes[1]).sum(-1)
 
 
+def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
+    """The same for no gradient: nothing is kept, and no slope is computed that nobody needs."""
+    tangents = None
+    for k, (weight, bias) in enumerate(layers[:-1]):
+        sums = torch.addmm(bias, z, weight.T)
+        if probes is None:
+            z = sums.sigmoid_() if activation == "logistic" else F.softplus(sums)
+            continue
+        z, slope = ACTIVATIONS[activation](sums)
+        if k:
+            tangents = _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
+        elif isinstance(probes, str):  # the product with a unit vector is a column of the weight
+            tangents = weight.T.contiguous()[:, None].expand(-1, *z.shape)
+        else:
+            tangents = _linear(probes.flatten(0, 1), weight).unflatten(0, probes.shape[:2])
+        tangents = slope * tangents
+    weight, bias = layers[-1]
+    rows = None if probes is None else _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
+    return _linear(z, weight) + bias, rows
+
+
 class _Tangents(torch.autograd.Function):
     """One node of autograd's graph where the twin makes dozens; what is kept, and how it is multiplied, is chosen."""
 
@@ -127,16 +160,16 @@ class _Tangents(torch.autograd.Function):
             slopes.append(slope)
             if traced:
                 if k:
-                    product = _linear(tangents[-1].flatten(0, 1), weight).view(-1, *state.shape)
+                    product = _linear(tangents[-1].flatten(0, 1), weight).unflatten(0, tangents[-1].shape[:2])
                 elif unit:  # the product with a unit vector is a column of the weight
                     product = weight.T.contiguous()[:, None]
                 else:
-                    product = _linear(probes.flatten(0, 1), weight).view(-1, *state.shape)
+                    product = _linear(probes.flatten(0, 1), weight).unflatten(0, probes.shape[:2])
                 products.append(product)
                 tangents.append(slope * product)
         weight, bias = parts[-2:]
         out = _linear(states[-1], weight) + bias
-        rows = _linear(tangents[-1].flatten(0, 1), weight).unflatten(0, (-1, len(z))) if traced else None
+        rows = _linear(tangents[-1].flatten(0, 1), weight).unflatten(0, tangents[-1].shape[:2]) if traced else None
         ctx.activation, ctx.depth, ctx.traced, ctx.unit = activation, depth, traced, unit
         ctx.save_for_backward(
             *parts, *states, *slopes, *products, *tangents, *([probes] if traced and not unit else [])
@@ -173,7 +206,7 @@ class _Tangents(torch.autograd.Function):
             if ctx.needs_input_grad[4 + 2 * k]:
                 gradients[2 * k + 1] = g if bias.dim() == 2 else g.sum(0)
             if traced and k:
-                g_rows = (g_rows.flatten(0, 1) @ weight).view(-1, *states[k].shape)
+                g_rows = (g_rows.flatten(0, 1) @ weight).unflatten(0, g_rows.shape[:2])
             if k:
                 g = g @ weight
         return None, None, _linear(g, weight.T) if ctx.needs_input_grad[2] else None, *gradients
