@@ -142,4 +142,17 @@ test-gpu: $(SETUP) ## the notebooks on DEVICE, chapter by chapter; their checks 
 .PHONY: clean
 clean: ## remove what was built; .venv stays
 	@rm -rf _build build *.egg-info .pytest_cache .ruff_cache .hypothesis
-	@find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+##@ Measure
+
+# The peers live in an environment of their own, beside a cnfkit that is this one.
+.PHONY: bench
+bench: $(SETUP) ## cnfkit beside its peers, in about 10 minutes: a table, and a page of the book
+	@benchmarks/environment.sh
+	@.venv-bench/bin/python benchmarks/bench.py
+
+.PHONY: bench-train
+bench-train: $(SETUP) ## by the clock, to a given likelihood: about an hour, and to be interrupted and resumed
+	@benchmarks/environment.sh
+	@.venv-bench/bin/python benchmarks/train.py

@@ -51,6 +51,7 @@ from cnfkit.nets import MADE, MLP, ConvNet
 from cnfkit.ode.cnf import CNF
 from cnfkit.ode.convfield import ConvField
 from cnfkit.ode.fields import MLPField
+from cnfkit.ode.potential import PotentialField
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import SolveError, Statistics
 from cnfkit.presets import flowpp, glow, maf, nice, preset, realnvp, residual
@@ -108,6 +109,7 @@ __all__ = [
     "NormalMixture",
     "Permutation",
     "Planar",
+    "PotentialField",
     "Residual",
     "Result",
     "ScaleShift",

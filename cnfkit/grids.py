@@ -101,7 +101,7 @@ class FrozenGrid(Grid):
         ValueError: if a value is out of range; on a call, if the model holds no CNF.
         SolveError: on a call, if the adaptive solve cannot be finished within 255 steps.
 
-    >>> grid = FrozenGrid(tolerance=1e-3)
+    >>> grid = FrozenGrid()
     >>> solve = grid(Flow(Normal(2), CNF(MLPField(2))), torch.randn(100, 2))
     >>> solve.method, solve.times[0], solve.times[-1]
     ('dopri5', 0.0, 1.0)
@@ -110,7 +110,7 @@ class FrozenGrid(Grid):
     LONGEST = 256
 
     def __init__(
-        self, tolerance: float = 1e-2, every: int = 25, rows: int = 64, method: str = "dopri5", **options
+        self, tolerance: float = 1e-3, every: int = 25, rows: int = 64, method: str = "dopri5", **options
     ) -> None:
         super().__init__()
         self.every, self.rows = as_count("every", every), as_count("rows", rows)

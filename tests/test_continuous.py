@@ -31,7 +31,7 @@ from cnfkit.ode.energies import RATES
 from cnfkit.ode.integrate import integrate
 from cnfkit.ode.moments import Moment, Tangent, moments
 from cnfkit.ode.solve import ENERGIES
-from cnfkit.ode.tangents import as_logistic, plain_tangents, with_tangents, with_trace
+from cnfkit.ode.tangents import as_logistic, plain_tangents, trace_form, with_tangents, with_trace
 
 D = torch.float64
 GRID = Solve(times=uniform_grid(3))
@@ -62,7 +62,7 @@ class Bare(nn.Module):
 
 
 def network(d: int, hidden, dtype: torch.dtype = D, per_point: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Layers with weights of the usual size; in the first and the last of them with a bias for each point, if wanted."""
+    """Layers with weights of the usual size; if wanted, the first and the last have a bias for each point."""
     widths, layers = (d, *hidden, d), []
     for k in range(len(widths) - 1):
         rows = (per_point,) if per_point and k in (0, len(hidden)) else ()
@@ -115,6 +115,26 @@ def test_the_backward_pass_by_hand_is_that_of_autograd(hidden, activation, probe
         assert all(part.dtype == dtype for part in ours)
         tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == D else {"rtol": 1e-3, "atol": 1e-3}
         torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("probes", PROBES)
+@pytest.mark.parametrize("activation", ["logistic", "softplus"])
+@pytest.mark.parametrize("per_point", [0, 7], ids=["one bias", "a bias for each point"])
+@pytest.mark.parametrize("points", [0, 1, 3, 7])
+def test_without_gradients_points_go_through_in_blocks(points, per_point, activation, probes, monkeypatch):
+    """Of three here; the last block may be shorter."""
+    monkeypatch.setattr(tangents, "BLOCK", 3)
+    for hidden in ((5,), (70, 5), (5, 4, 66)):
+        layers, z, chosen = network(3, hidden), normal(points, 3), PROBES[probes](points, 3)
+        if per_point:
+            layers = [(weight, bias + normal(points, 1)) for weight, bias in layers]
+        with torch.no_grad():
+            ours, theirs = (f(activation, layers, z, chosen) for f in (with_tangents, plain_tangents))
+        with_gradients = with_tangents(activation, layers, z, chosen)
+        for k in range(1 if probes == "value alone" else 2):
+            assert ours[k].shape == theirs[k].shape == with_gradients[k].shape
+            torch.testing.assert_close(ours[k], theirs[k], rtol=1e-12, atol=1e-12)
+        assert probes != "value alone" or ours[1] is with_gradients[1] is None
 
 
 @pytest.mark.parametrize("d", [1, 66])
@@ -266,6 +286,10 @@ def test_a_network_with_tanh_is_a_logistic_one(hidden):
         torch.testing.assert_close([(w[k], b[k]) for w, b in together], as_logistic(one), rtol=0, atol=0)
 
 
+def traced(activation: str, layers, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return with_trace(activation, layers, z, trace_form([weight for weight, _ in layers]))
+
+
 @pytest.mark.parametrize("d", [1, 2, 7])
 @pytest.mark.parametrize("hidden", [(5,), (6, 4), (3, 4, 5), (4, 3, 3, 5)], ids=str)
 @pytest.mark.parametrize("activation", ["logistic", "softplus"])
@@ -281,16 +305,22 @@ def test_the_trace_is_that_of_autograds_jacobian(activation, hidden, d):
 
     for per_point in (0, 4):
         parts = [normal(4, d, seed=8), *(part for layer in network(d, hidden, per_point=per_point) for part in layer)]
-        ours, theirs = (derivatives(f, activation, parts, ()) for f in (with_trace, by_autograd))
+        ours, theirs = (derivatives(f, activation, parts, ()) for f in (traced, by_autograd))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_no_tangents_are_carried_for_the_trace_of_few_layers(monkeypatch):
+    """And the forms of several times are those of each."""
     monkeypatch.setattr(tangents, "with_tangents", None)
     for hidden in ((5,), (6, 4)):
-        with_trace("softplus", network(3, hidden), normal(4, 3))
+        traced("softplus", network(3, hidden), normal(4, 3))
+        weights = [weight for weight, _ in network(3, hidden)]
+        together = trace_form([torch.stack([weight, 2 * weight]) for weight in weights])
+        for k, factor in enumerate((1, 2)):
+            torch.testing.assert_close(together[k], trace_form([factor * weight for weight in weights]))
+    assert trace_form([weight for weight, _ in network(3, (3, 4, 5))]) is None
     with pytest.raises(TypeError):
-        with_trace("softplus", network(3, (3, 4, 5)), normal(4, 3))
+        traced("softplus", network(3, (3, 4, 5)), normal(4, 3))
 
 
 # Under torch.func, which cannot look into a backward pass written by hand
@@ -580,7 +610,7 @@ def test_the_density_integrates_to_one_whatever_the_context(name):
         x = line.repeat(4)[:, None]
         density = flow.log_prob(x, contexts.repeat_interleave(401, 0), Solve(tolerance=1e-8)).exp().view(4, 401)
     torch.testing.assert_close(torch.trapezoid(density, line), torch.ones(4, dtype=D), rtol=1e-5, atol=0)
-    assert (density - density[0]).abs().max() > 0.02, "the context matters"
+    assert (density - density[0]).abs().max() > 0.005, "the context matters"
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -733,10 +763,11 @@ def linear(d: int = 3, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @pytest.mark.parametrize(
-    ("method", "of", "rated"), [("euler", 1, 1), ("midpoint", 2, 1), ("rk4", 4, 4), ("rk4_38", 4, 4), ("dopri5", 6, 5)]
+    ("method", "of", "rated"),
+    [("euler", 1, 1), ("midpoint", 2, 1), ("rk4", 4, 4), ("rk4_38", 4, 4), ("rk6", 7, 4), ("dopri5", 6, 5)],
 )
 def test_no_divergence_is_found_where_it_has_no_weight(method, of, rated, trace):
-    """Of Dormand–Prince's six stages the second one has none, of the midpoint rule's two the first."""
+    """Of Dormand–Prince's six stages the second has none, of the midpoint rule's two the first, of Butcher's three."""
     field = Counted(field_of())
     for gradient, passes in (("backprop", 1), ("checkpoint", 2)):
         field.plain = field.with_rows = 0
@@ -758,8 +789,11 @@ def test_steps_that_are_chosen_find_the_divergence_at_six_of_seven_stages(trace)
 
 @pytest.mark.parametrize(
     "solve",
-    [Solve(tolerance=1e-6), *(Solve(method=name, times=uniform_grid(3)) for name in ("midpoint", "rk4", "dopri5"))],
-    ids=["chosen", "midpoint", "rk4", "dopri5"],
+    [
+        Solve(tolerance=1e-6),
+        *(Solve(method=name, times=uniform_grid(3)) for name in ("midpoint", "rk4", "rk6", "dopri5")),
+    ],
+    ids=["chosen", "midpoint", "rk4", "rk6", "dopri5"],
 )
 def test_what_is_left_out_changes_no_number(solve):
     """Against all divergences and energies, at every stage; a few numbers are added in another order."""
@@ -782,7 +816,7 @@ def test_what_is_left_out_changes_no_number(solve):
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
-@pytest.mark.parametrize(("method", "of"), [("euler", 1), ("midpoint", 2), ("rk4", 4), ("dopri5", 6)])
+@pytest.mark.parametrize(("method", "of"), [("euler", 1), ("midpoint", 2), ("rk4", 4), ("rk6", 7), ("dopri5", 6)])
 def test_the_step_of_the_first_nan_is_named_without_another_evaluation(method, of, gradient):
     """Whichever stage it came up in; the states at the steps' ends are known, and tell."""
     for bad in range(5 * of):
@@ -800,7 +834,7 @@ def test_the_step_of_the_first_nan_is_named_without_another_evaluation(method, o
 def test_a_nan_in_the_divergence_alone_is_found_by_its_step():
     """√|z| has no slope at 0, where the middle point stays."""
     field = Field(lambda t, z: z.abs().sqrt() if t > 2.5 else z, 1)
-    with pytest.raises(SolveError) as failed:
+    with pytest.raises(SolveError) as failed, torch.no_grad():
         CNF(field, interval=(0, 5))(torch.tensor([[1.0], [0.0]]), solve=Solve(method="euler", times=uniform_grid(5)))
     assert (failed.value.step, failed.value.t, field.calls) == (3, 3, 5)
 
@@ -845,7 +879,12 @@ def test_one_probe_has_no_spread_and_what_is_not_estimated_no_error():
     exact = Solve(probes=3, energies=("jacobian_energy",), times=(0, 1))
     assert flow(x, solve=exact).standard_error is None, "the probes are the energy's"
     several = Solve(trace="hutchinson", probes=3)
-    for finite in (ActNorm(2), Affine(2), Chain(ActNorm(2), Affine(2)), Inverse(Affine(2))):
+    for finite in (
+        ActNorm(2),
+        Affine(torch.eye(2)),
+        Chain(ActNorm(2), Affine(torch.eye(2))),
+        Inverse(Affine(torch.eye(2))),
+    ):
         assert redrawn(finite).double()(x, solve=several).standard_error is None
 
 
@@ -862,7 +901,7 @@ def test_the_standard_error_has_the_shape_of_the_batch_and_no_gradient(batch):
 def test_in_a_chain_the_squares_add_up():
     """The estimates are independent, so their variances do; a layer that estimates nothing adds nothing."""
     first, second = CNF(field_of(3)), CNF(redrawn(MLPField(3, (4,)), 1).double(), interval=(0, 3))
-    middle, x = redrawn(Affine(3)).double(), normal(6, 3)
+    middle, x = redrawn(Affine(torch.eye(3))).double(), normal(6, 3)
     options = dict(trace="hutchinson", probes=3, times=(0, 1))
     generator = seeded()
     a = first(x, solve=Solve(**options, generator=generator))
@@ -946,14 +985,11 @@ def acceleration_energy(field: Paced, z: torch.Tensor, start: float, end: float)
 
     With w = A z + b it is ẇ = a A w, so that w(t) = exp(A ∫ a) w(start) and dv/dt = (ȧ + a² A) w.
     """
-    total, n = 0.0, 2000
-    for k in range(n):
-        t = start + (end - start) * (k + 0.5) / n
-        length = t - start + (math.sin(3 * t) - math.sin(3 * start)) / 3
-        w = (z @ field.matrix.T + field.shift) @ torch.matrix_exp(length * field.matrix).T
-        pace, change = 1 + math.cos(3 * t), -3 * math.sin(3 * t)
-        total = total + (change * w + pace**2 * w @ field.matrix.T).square().sum(-1)
-    return total * abs(end - start) / n
+    t = start + (end - start) * (torch.arange(2000, dtype=D) + 0.5) / 2000
+    lengths = t - start + ((3 * t).sin() - math.sin(3 * start)) / 3
+    w = (z @ field.matrix.T + field.shift) @ torch.matrix_exp(lengths[:, None, None] * field.matrix).mT
+    pace, change = (part[:, None, None] for part in (1 + (3 * t).cos(), -3 * (3 * t).sin()))
+    return (change * w + pace**2 * w @ field.matrix.T).square().sum(-1).mean(0) * (end - start)
 
 
 @pytest.mark.parametrize("trace", ["exact", "hutchinson", "none"])
@@ -991,8 +1027,8 @@ def test_a_field_that_stands_still_in_space_or_in_time():
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 def test_the_gradient_of_a_loss_with_the_total_derivative(trace, gradient):
     """Against a central difference along one direction through all parameters."""
-    flow, x = Flow(Normal(2), CNF(field_of())).double(), normal(5, 2)
-    steps = dict(tolerance=1e-9) if gradient == "adjoint" else dict(times=uniform_grid(3))
+    flow, x = Flow(Normal(2).double(), CNF(field_of())), normal(5, 2)
+    steps = dict(tolerance=1e-8) if gradient == "adjoint" else dict(times=uniform_grid(3))
     solve = Solve(trace=trace, probes=2, gradient=gradient, **steps)
     loss = NegativeLogLikelihood(flow, solve=solve, penalties={"total_derivative": 0.4, "kinetic_energy": 0.1})
     value, terms = loss(x, seeded())
@@ -1010,17 +1046,19 @@ def test_the_gradient_of_a_loss_with_the_total_derivative(trace, gradient):
     assert predicted == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5) and abs(predicted) > 1e-3
 
 
-def test_the_total_derivative_given_a_context():
-    for name in GIVEN:
-        flow, x, context = given(name).double(), normal(4, 2), normal(4, 3, seed=1)
-        solve = Solve(tolerance=1e-10, energies=("total_derivative",), trace="none")
-        found = flow(x, context, solve).penalties["total_derivative"]
-        # |dv/dt|² by differences of the velocity along the path
-        ends = [flow.between(0, k / 200)(x, context, Solve(tolerance=1e-10, trace="none")).value for k in range(201)]
-        with torch.no_grad():
-            speeds = torch.stack([flow.field(torch.tensor(k / 200, dtype=D), z, context) for k, z in enumerate(ends)])
-        squares = (200 * speeds.diff(dim=0)).square().sum(-1).mean(0)
-        torch.testing.assert_close(found, squares, rtol=1e-3, atol=1e-6)
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_total_derivative_given_a_context(name):
+    flow, x, context = given(name).double(), normal(4, 2), normal(4, 3, seed=1)
+
+    def squared(t, z):
+        v, rows = Moment(flow.field, t, context).with_products(z, None)
+        speed = jacrev(lambda t: flow.field(t, z, context))(t) + torch.einsum("knj,nj->nk", rows, v)
+        return v, speed.square().sum(-1)[None]
+
+    _, expected, _ = integrate(squared, x, 0.0, 1.0, GRID, rates=1)
+    for trace in ("exact", "none"):
+        solve = Solve(times=GRID.times, trace=trace, energies=("total_derivative",))
+        torch.testing.assert_close(flow(x, context, solve).penalties["total_derivative"], expected[0])
 
 
 # Energies by name
@@ -1038,6 +1076,6 @@ def test_the_equation_of_a_potential_is_refused_where_there_is_none():
         for trace in ("exact", "hutchinson", "none"):
             with pytest.raises(ValueError, match=message):
                 CNF(field)(normal(4, 2), solve=Solve(trace=trace, times=(0, 1), energies=("hamilton_jacobi",)))
-        loss = NegativeLogLikelihood(Flow(Normal(2), CNF(field)).double(), penalties={"hamilton_jacobi": 0.1})
+        loss = NegativeLogLikelihood(Flow(Normal(2).double(), CNF(field)), penalties={"hamilton_jacobi": 0.1})
         with pytest.raises(ValueError, match=message):
             loss(normal(4, 2))

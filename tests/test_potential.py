@@ -112,7 +112,7 @@ def test_the_potential_is_smooth_and_finite_wherever_points_are(dtype):
         for parameter in field.parameters():
             parameter.zero_()
         field.first.weight[0, 0] = field.w[0] = 1.0
-    z = torch.tensor([[0.0], [1e-3], [-0.5], [1.0], [-9.0], [25.0], [-400.0], [1e4]], dtype=dtype)
+    z = torch.tensor([[0.0], [1e-3], [-0.5], [1.0], [-9.0], [11.0], [25.0], [-400.0], [1e4]], dtype=dtype)
     z, t = z.requires_grad_(), torch.zeros((), dtype=dtype)
     size = z[:, 0].abs().double()
     exact = (size + torch.log1p(torch.exp(-2 * size)) + math.log(2)).to(dtype)  # the second layer's is at 0
@@ -177,17 +177,19 @@ def test_second_derivatives_go_through_the_closed_forms():
     assert torch.autograd.gradgradcheck(lambda z: moment(field, 0.3).with_trace(z), (z,))
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_the_rate_is_that_of_the_points_it_is_asked_for(recorded):
-    """What was computed beside the trace is used again, for those points alone."""
-    field, z, other = field_of(3), normal(5, 3), normal(5, 3, seed=1)
-    at = moment(field, 0.3)
-    with torch.set_grad_enabled(recorded):
-        for points in (z, other, z.clone()):
+def test_the_rate_is_computed_beside_the_trace_in_training():
+    """And used again for those points alone; without gradients nothing is kept."""
+    field, z, other, passes = field_of(3), normal(5, 3), normal(5, 3, seed=1), []
+    field.first.register_forward_hook(lambda *_: passes.append(1))
+    for at in (moment(field, 0.3), moment(field, 0.3)):
+        with torch.no_grad():
             at.with_trace(z)
-            expected = field.gradient(at.t, points)[:, -1]
-            torch.testing.assert_close(at.time_derivative_of_potential(points), expected, rtol=1e-13, atol=1e-13)
-        assert at.time_derivative_of_potential(z).requires_grad == recorded
+        for points, cost in ((z, 1), (other, 1), (z, 0), (z.clone(), 1)):
+            rate, before = field.gradient(at.t, points)[:, -1], len(passes)
+            found = at.time_derivative_of_potential(points)
+            assert found.requires_grad and len(passes) - before == cost
+            torch.testing.assert_close(found, rate, rtol=1e-13, atol=1e-13)
+            at.with_trace(z)
 
 
 # As a flow

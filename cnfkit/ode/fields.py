@@ -2,7 +2,8 @@ r"""Velocity fields :math:`v(t, z)`: networks that see the point and the time.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -110,6 +111,17 @@ class MLPField(nn.Module):
     At each time it is a common network, with the weights of that time. Its last layer starts at zero, and so the flow
     at the identity.
 
+    With one or two hidden layers the exact divergence costs less than an estimate of it, whatever :math:`d` is. With
+    the slopes :math:`s_l = \sigma'(W_l h_{l-1} + b_l)`,
+
+    .. math::
+
+        \operatorname{tr} J = \operatorname{tr} W_3 \operatorname{diag}(s_2) W_2 \operatorname{diag}(s_1) W_1
+        = s_2^\top \left( W_2 \odot (W_1 W_3)^\top \right) s_1
+
+    since a trace does not change when the last factor is moved to the front: it is :math:`\sum_{kh} s_{2k} (W_2)_{kh}
+    s_{1h} (W_1 W_3)_{hk}`. The matrix in the middle is computed once a solve. Deeper networks carry :math:`d` tangents.
+
     Args:
         dimension: :math:`d`.
         hidden: the widths between; at least one.
@@ -189,7 +201,11 @@ class MLPField(nn.Module):
             zip(weight.unbind() if weight.dim() == 3 else [weight] * len(times), bias.unbind(), strict=True)
             for weight, bias in layers
         ]
-        return [MLPMoment(self, t, context, activation, parts) for t, *parts in zip(times.unbind(), *each, strict=True)]
+        forms = _Forms([weight for weight, _ in layers])
+        return [
+            MLPMoment(self, times[k], context, activation, parts, partial(forms.at, k))
+            for k, parts in enumerate(zip(*each, strict=True))
+        ]
 
     def with_products(
         self, t: Tensor, z: Tensor, probes: Tensor | None = None, context: Tensor | None = None
@@ -217,14 +233,35 @@ class MLPField(nn.Module):
         )
 
 
+class _Forms:
+    """What the exact trace needs of the weights of all times, computed when the first moment asks for it."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.weights = weights
+
+    @cached_property
+    def form(self) -> Tensor | None:
+        return tangents.trace_form(self.weights)
+
+    def at(self, k: int) -> Tensor | None:
+        steady = all(weight.dim() == 2 for weight in self.weights)
+        return self.form if steady or self.form is None else self.form[k]
+
+
 class MLPMoment(Moment):
     """An :class:`MLPField` at one time: the layers of a common network."""
 
     def __init__(
-        self, field: MLPField, t: Tensor, context: Tensor | None, activation: str, layers: list[tuple[Tensor, Tensor]]
+        self,
+        field: MLPField,
+        t: Tensor,
+        context: Tensor | None,
+        activation: str,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        form: Callable[[], Tensor | None],
     ) -> None:
         super().__init__(field, t, context)
-        self.activation, self.layers = activation, layers
+        self.activation, self.layers, self.form = activation, layers, form
 
     def value(self, z: Tensor) -> Tensor:
         return tangents.with_tangents(self.activation, self.layers, z, None)[0]
@@ -233,4 +270,4 @@ class MLPMoment(Moment):
         return tangents.with_tangents(self.activation, self.layers, z, "unit" if probes is None else probes)
 
     def with_trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return tangents.with_trace(self.activation, self.layers, z)
+        return tangents.with_trace(self.activation, self.layers, z, self.form())

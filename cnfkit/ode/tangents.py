@@ -93,10 +93,10 @@ def plain_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | 
     return z @ weight.T + bias, None if tangents is None else tangents @ weight.T
 
 
-def with_trace(activation: str, layers: Layers, z: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The network's value and the trace of its Jacobian, shape ``(n,)``.
+def trace_form(weights: Sequence[Tensor]) -> Tensor | None:
+    r"""What makes the trace of a shallow network's Jacobian from its slopes, in any dimension.
 
-    With one hidden layer or two, the trace is a form in the slopes :math:`s_l = \sigma'(a_l)`, whatever :math:`d` is:
+    With :math:`s_l = \sigma'(a_l)`, and one hidden layer or two,
 
     .. math::
 
@@ -105,11 +105,31 @@ def with_trace(activation: str, layers: Layers, z: Tensor) -> tuple[Tensor, Tens
         \operatorname{tr} J = \operatorname{tr} W_3 \operatorname{diag}(s_2) W_2 \operatorname{diag}(s_1) W_1
         = s_2^\top \left( W_2 \odot (W_1 W_3)^\top \right) s_1
 
-    Proof: a trace does not change under cyclic shifts, so the second is :math:`\sum_{kh} s_{2k} (W_2)_{kh} s_{1h}
-    (W_1 W_3)_{hk}`. So an exact trace costs one product of a matrix with :math:`s_1`, where :math:`d` tangents cost
-    :math:`d` times as much as the network. Deeper networks need the tangents of all unit vectors.
+    The proof stands in :class:`cnfkit.MLPField`. So an exact trace costs one product of a matrix with :math:`s_1`,
+    where :math:`d` tangents cost :math:`d` times as much as the network.
+
+    Args:
+        weights: from the first layer to the last, shape ``(..., outputs, inputs)``.
+
+    Returns:
+        The vector or the matrix; None for deeper networks, which need the tangents of all unit vectors.
     """
-    if len(layers) > 3:
+    first, *others, last = weights
+    if not others:
+        return (last.mT * first).sum(-1)
+    return others[0] * (first @ last).mT if len(others) == 1 else None
+
+
+def with_trace(activation: str, layers: Layers, z: Tensor, form: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The network's value and the trace of its Jacobian, shape ``(n,)``.
+
+    Args:
+        activation: ``"logistic"`` or ``"softplus"``.
+        layers: as in :func:`with_tangents`.
+        z: points, shape ``(n, d)``.
+        form: :func:`trace_form` of the weights.
+    """
+    if form is None:
         out, rows = with_tangents(activation, layers, z, "unit")
         return out, torch.einsum("ini->n", rows)
     slopes = []
@@ -118,11 +138,7 @@ def with_trace(activation: str, layers: Layers, z: Tensor) -> tuple[Tensor, Tens
         slopes.append(slope)
     weight, bias = layers[-1]
     out = torch.addmm(bias, z, weight.T)
-    (first, _), *others, (last, _) = layers
-    if not others:
-        return out, slopes[0] @ (last.T * first).sum(-1)
-    form = others[0][0] * (first @ last).T
-    return out, (slopes[0] @ form.T * slopes[1]).sum(-1)
+    return out, slopes[0] @ form if form.dim() == 1 else (slopes[0] @ form.T * slopes[1]).sum(-1)
 
 
 def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
