@@ -210,13 +210,14 @@ def test_contract(name):
 
 @pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
 def test_gradients_that_keep_few_states(gradient):
-    """The same as those by backpropagation, up to the steps' error in the adjoint's."""
     field, x, found = redrawn(PotentialField(3, 6), scale=0.2).double(), normal(5, 3), []
+    with torch.no_grad():
+        field.b[-1] = 9.0  # so that the energy's sign stays: the adjoint's second solve sees no kink
     for way in ("backprop", gradient):
-        solve = Solve(times=uniform_grid(40 if gradient == "adjoint" else 4), gradient=way)
+        solve = Solve(times=uniform_grid(10), gradient=way)
         loss = NegativeLogLikelihood(Flow(Normal(3).double(), CNF(field)), "nats", solve, {ENERGY: 0.5})
         found.append(torch.autograd.grad(loss(x)[0], list(field.parameters())))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-3 if gradient == "adjoint" else 1e-10)
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
 
 
 def test_the_solver_takes_the_closed_forms():

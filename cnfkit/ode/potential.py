@@ -17,9 +17,10 @@ class PotentialField(nn.Module):
 
     .. math::
 
-        \Phi(s) = w^\top (u_0 + u_1) + \tfrac12 |A s|^2 + b^\top s, \qquad \sigma(a) = \log(e^a + e^{-a}),
+        \Phi(s) = w^\top (u_0 + u_1) + \tfrac12 |A s|^2 + b^\top s,
 
-        u_0 = \sigma(a_0), \quad a_0 = K_0 s + b_0, \qquad u_1 = \sigma(a_1), \quad a_1 = K_1 u_0 + b_1
+        u_l = \sigma(a_l), \qquad a_0 = K_0 s + b_0, \quad a_1 = K_1 u_0 + b_1, \qquad
+        \sigma(a) = \log(e^a + e^{-a})
 
     As :math:`\sigma' = \tanh` and :math:`\sigma'' = 1 - \tanh^2`, the chain rule gives all derivatives in closed form,
     with :math:`\tau_l = \tanh(a_l)`, the derivative :math:`p = w + K_1^\top (w \odot \tau_1)` of the first term in
@@ -29,8 +30,10 @@ class PotentialField(nn.Module):
 
         \nabla_s \Phi = K_0^\top (\tau_0 \odot p) + A^\top A s + b,
 
-        \nabla_s^2 \Phi = K_0^\top \operatorname{diag}\bigl( (1 - \tau_0^2) \odot p \bigr) K_0
-        + G^\top \operatorname{diag}\bigl( (1 - \tau_1^2) \odot w \bigr) G + A^\top A
+        \nabla_s^2 \Phi = K_0^\top D_0 K_0 + G^\top D_1 G + A^\top A,
+
+        D_0 = \operatorname{diag}\bigl( (1 - \tau_0^2) \odot p \bigr), \qquad
+        D_1 = \operatorname{diag}\bigl( (1 - \tau_1^2) \odot w \bigr)
 
     The velocity is minus the first :math:`d` entries of the gradient, of which the last is
     :math:`\partial \Phi / \partial t`; its Jacobian is minus as many rows and columns of the Hessian, and so symmetric.
@@ -41,7 +44,7 @@ class PotentialField(nn.Module):
 
     At the start :math:`w` and :math:`b` are zero and :math:`A` is small, and the flow is nearly the identity.
 
-    Source: Onken, Wu Fung, Li and Ruthotto, *OT-Flow*, sections 3.1 and 3.2.
+    Source: Onken, Wu Fung, Li and Ruthotto, *OT-Flow*, section 3.
 
     Args:
         dimension: :math:`d`.
@@ -124,12 +127,11 @@ class PotentialMoment(Moment):
         r"""The velocity and its divergence, minus the Laplacian of the potential, shape ``(n,)``.
 
         For any matrix, :math:`\operatorname{tr} X^\top \operatorname{diag}(c) X = \sum_k c_k |X_k|^2` with the rows
-        :math:`X_k`. So, of each point, with the columns of :math:`K_0`, :math:`G` and :math:`A` that belong to it,
+        :math:`X_k`. So, with the first :math:`d` columns of :math:`K_0`, :math:`G` and :math:`A`,
 
         .. math::
 
-            \Delta \Phi = \sum_h (1 - \tau_{0h}^2) \, p_h \, |(K_0)_h|^2
-            + \sum_k (1 - \tau_{1k}^2) \, w_k \, |G_k|^2 + \|A\|_F^2
+            \Delta \Phi = \sum_k (D_0)_{kk} \, |(K_0)_k|^2 + \sum_k (D_1)_{kk} \, |G_k|^2 + \sum_k |A_k|^2
 
         The work is :math:`G = K_1 \operatorname{diag}(\tau_0) K_0`, one product for the whole batch.
         """
