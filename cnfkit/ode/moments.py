@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,9 @@ class Moment:
         .. math:: \frac{\mathrm d v}{\mathrm d t} = \frac{\partial v}{\partial z} v + \frac{\partial v}{\partial t}
         """
         field, context = self.field, self._context()
-        return torch.func.jvp(lambda t, z: field(t, z, *context), (self.t, z), (torch.ones_like(self.t), v))[1]
+        with warnings.catch_warnings():  # of PyTorch to itself: its forward mode calls what it has deprecated
+            warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+            return torch.func.jvp(lambda t, z: field(t, z, *context), (self.t, z), (torch.ones_like(self.t), v))[1]
 
     def time_derivative_of_potential(self, z: Tensor) -> Tensor:
         r"""Of a field that is a gradient, :math:`\partial \Phi / \partial t`, shape ``(n,)``."""

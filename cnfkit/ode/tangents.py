@@ -18,20 +18,16 @@ from cnfkit.arguments import concrete
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 
-def _logistic(a: Tensor) -> tuple[Tensor, Tensor]:
-    y = a.sigmoid_()
-    return y, torch.addcmul(y, y, y, value=-1)
+# An activation's value y; its slope σ' as a function of y; and σ''/σ' = 1 − m·x, as m and which of (y, σ') is x.
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {"logistic": torch.sigmoid_, "softplus": F.softplus}
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": lambda y: torch.addcmul(y, y, y, value=-1),
+    "softplus": lambda y: -torch.expm1(-y),
+}
+BENDS = {"logistic": (2, 0), "softplus": (1, 1)}
 
-
-def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
-    return F.softplus(a), torch.sigmoid(a)
-
-
-# From a layer's sum to the activation and its slope σ'; and σ''/σ' = 1 − m·y, as m and which of the two y is.
-ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"logistic": _logistic, "softplus": _softplus}
 # Where nothing is kept, so many points go through all layers at once: what they need fits the cache of a core.
 BLOCK = 1024
-BENDS = {"logistic": (2, 0), "softplus": (1, 1)}
 
 
 def as_logistic(layers: Layers) -> list[tuple[Tensor, Tensor]]:
@@ -87,8 +83,8 @@ def plain_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | 
     if isinstance(probes, str):
         tangents = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)[:, None].expand(-1, *z.shape)
     for weight, bias in layers[:-1]:
-        z, slope = ACTIVATIONS[activation](z @ weight.T + bias)
-        tangents = None if tangents is None else slope * (tangents @ weight.T)
+        z = VALUES[activation](z @ weight.T + bias)
+        tangents = None if tangents is None else SLOPES[activation](z) * (tangents @ weight.T)
     weight, bias = layers[-1]
     return z @ weight.T + bias, None if tangents is None else tangents @ weight.T
 
@@ -134,8 +130,8 @@ def with_trace(activation: str, layers: Layers, z: Tensor, form: Tensor | None) 
         return out, torch.einsum("ini->n", rows)
     slopes = []
     for weight, bias in layers[:-1]:
-        z, slope = ACTIVATIONS[activation](torch.addmm(bias, z, weight.T))
-        slopes.append(slope)
+        z = VALUES[activation](torch.addmm(bias, z, weight.T))
+        slopes.append(SLOPES[activation](z))
     weight, bias = layers[-1]
     out = torch.addmm(bias, z, weight.T)
     return out, slopes[0] @ form if form.dim() == 1 else (slopes[0] @ form.T * slopes[1]).sum(-1)
@@ -145,87 +141,82 @@ def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str |
     """The same for no gradient: nothing is kept, and no slope is computed that nobody needs."""
     tangents = None
     for k, (weight, bias) in enumerate(layers[:-1]):
-        sums = torch.addmm(bias, z, weight.T)
+        z = VALUES[activation](torch.addmm(bias, z, weight.T))
         if probes is None:
-            z = sums.sigmoid_() if activation == "logistic" else F.softplus(sums)
             continue
-        z, slope = ACTIVATIONS[activation](sums)
         if k:
             tangents = _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
         elif isinstance(probes, str):  # the product with a unit vector is a column of the weight
             tangents = weight.T.contiguous()[:, None].expand(-1, *z.shape)
         else:
             tangents = _linear(probes.flatten(0, 1), weight).unflatten(0, probes.shape[:2])
-        tangents = slope * tangents
+        tangents = SLOPES[activation](z) * tangents
     weight, bias = layers[-1]
     rows = None if probes is None else _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
     return _linear(z, weight) + bias, rows
 
 
 class _Tangents(torch.autograd.Function):
-    """One node of autograd's graph where the twin makes dozens; what is kept, and how it is multiplied, is chosen."""
+    """One node of autograd's graph where the twin makes dozens; what is kept, and how it is multiplied, is chosen.
+
+    Kept are the values, and the products before their slopes: slopes and tangents come from them in less time than
+    they would take to be fetched from memory, once a solve has more evaluations than the processor's cache holds.
+    """
 
     @staticmethod
     def forward(ctx, activation, probes, z, *parts):
         traced, unit, depth = probes is not None, isinstance(probes, str), len(parts) // 2
-        states, slopes, products, tangents = [z], [], [], []
+        values, products, tangents = [z], [], probes
         for k in range(depth - 1):
             weight, bias = parts[2 * k : 2 * k + 2]
-            state, slope = ACTIVATIONS[activation](torch.addmm(bias, states[-1], weight.T))
-            states.append(state)
-            slopes.append(slope)
+            values.append(VALUES[activation](torch.addmm(bias, values[-1], weight.T)))
             if traced:
-                if k:
-                    product = _linear(tangents[-1].flatten(0, 1), weight).unflatten(0, tangents[-1].shape[:2])
-                elif unit:  # the product with a unit vector is a column of the weight
+                if k or not unit:
+                    product = _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
+                else:  # the product with a unit vector is a column of the weight
                     product = weight.T.contiguous()[:, None]
-                else:
-                    product = _linear(probes.flatten(0, 1), weight).unflatten(0, probes.shape[:2])
                 products.append(product)
-                tangents.append(slope * product)
+                tangents = SLOPES[activation](values[-1]) * product
         weight, bias = parts[-2:]
-        out = _linear(states[-1], weight) + bias
-        rows = _linear(tangents[-1].flatten(0, 1), weight).unflatten(0, tangents[-1].shape[:2]) if traced else None
         ctx.activation, ctx.depth, ctx.traced, ctx.unit = activation, depth, traced, unit
-        ctx.save_for_backward(
-            *parts, *states, *slopes, *products, *tangents, *([probes] if traced and not unit else [])
-        )
-        return out, rows
+        ctx.save_for_backward(*parts, *values, *products, *([probes] if traced and not unit else []))
+        rows = _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2]) if traced else None
+        return _linear(values[-1], weight) + bias, rows
 
     @staticmethod
     def backward(ctx, g, g_rows):
-        depth, saved = ctx.depth, ctx.saved_tensors
-        parts, states, slopes, rest = _split(saved, 2 * depth, depth, depth - 1)
+        depth, saved, traced = ctx.depth, ctx.saved_tensors, ctx.traced
         if torch.is_grad_enabled():  # it is to be differentiated once more
             return _by_autograd(ctx, saved, g, g_rows)
-        products, tangents, probes = _split(rest, depth - 1, depth - 1)
-        traced, (multiple, which) = ctx.traced, BENDS[ctx.activation]
+        parts, values, rest = saved[: 2 * depth], saved[2 * depth : 3 * depth], saved[3 * depth :]
+        products, probes = rest[: depth - 1], rest[depth - 1 :]
+        multiple, which = BENDS[ctx.activation]
         gradients: list[Tensor | None] = [None] * (2 * depth)
-        for k in reversed(range(depth)):
+        for k in reversed(range(depth)):  # g and g_rows are the gradients after layer k, then before it
             weight, bias = parts[2 * k : 2 * k + 2]
-            if k < depth - 1:
-                slope = slopes[k]
-                if traced:
-                    g_slope = g_rows[0] * products[k][0]
-                    for g_row, product in zip(g_rows[1:], products[k][1:], strict=True):
-                        g_slope.addcmul_(g_row, product)
-                    g.add_(g_slope).addcmul_(g_slope, (states[k + 1], slope)[which], value=-multiple)
-                    g_rows.mul_(slope)
-                g.mul_(slope)
+            if k:
+                slope = SLOPES[ctx.activation](values[k])
             if ctx.needs_input_grad[3 + 2 * k]:
-                g_weight = _outer(g, states[k])
-                if traced and (k or probes):
-                    g_weight += _outer(g_rows.flatten(0, 1), (tangents[k - 1] if k else probes[0]).flatten(0, 1))
+                g_weight = _outer(g, values[k])
+                if traced and k:
+                    g_weight += _outer(g_rows.flatten(0, 1), (slope * products[k - 1]).flatten(0, 1))
                 elif traced:
-                    g_weight += g_rows.sum(1).T
+                    g_weight += g_rows.sum(1).T if ctx.unit else _outer(g_rows.flatten(0, 1), probes[0].flatten(0, 1))
                 gradients[2 * k] = g_weight
             if ctx.needs_input_grad[4 + 2 * k]:
                 gradients[2 * k + 1] = g if bias.dim() == 2 else g.sum(0)
-            if traced and k:
+            if not k:
+                break
+            g = g @ weight
+            if traced:
                 g_rows = (g_rows.flatten(0, 1) @ weight).unflatten(0, g_rows.shape[:2])
-            if k:
-                g = g @ weight
-        return None, None, _linear(g, weight.T) if ctx.needs_input_grad[2] else None, *gradients
+                g_slope = g_rows[0] * products[k - 1][0]
+                for g_row, product in zip(g_rows[1:], products[k - 1][1:], strict=True):
+                    g_slope.addcmul_(g_row, product)
+                g.add_(g_slope).addcmul_(g_slope, (values[k], slope)[which], value=-multiple)
+                g_rows.mul_(slope)
+            g.mul_(slope)
+        return None, None, _linear(g, parts[0].T) if ctx.needs_input_grad[2] else None, *gradients
 
 
 def _by_autograd(ctx, saved, g, g_rows):
@@ -240,15 +231,6 @@ def _by_autograd(ctx, saved, g, g_rows):
     _, gradients = torch.func.vjp(twin, z, *parts)
     found = gradients((g, g_rows)[: 1 + ctx.traced])
     return None, None, *(part if needed else None for part, needed in zip(found, ctx.needs_input_grad[2:], strict=True))
-
-
-def _split(items: Sequence[Tensor], *counts: int) -> list[Sequence[Tensor]]:
-    """The first so many, the next so many, and so on, and the rest."""
-    parts = []
-    for count in counts:
-        parts.append(items[:count])
-        items = items[count:]
-    return [*parts, items]
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
