@@ -247,8 +247,11 @@ def test_no_more_is_kept_than_by_the_twin():
 @pytest.mark.parametrize("probes", ["unit", "probes", "value alone"])
 @pytest.mark.parametrize("per_point", [0, 3])
 def test_gradients_that_come_in_are_left_as_they_are(probes, per_point):
-    """They belong to the caller: a second pass over the same graph, with the same tensors, gives the same."""
-    layers, z = network(3, (6, 5), per_point=per_point), normal(3, 3).requires_grad_()
+    """They belong to the caller: a second pass over the same graph, with the same tensors, gives the same.
+
+    All layers are as wide here, so that a result would fit into the memory of what came in.
+    """
+    layers, z = network(3, (3, 3), per_point=per_point), normal(3, 3).requires_grad_()
     parts = [z, *(part.requires_grad_() for layer in layers for part in layer)]
     outputs = [out for out in with_tangents("logistic", layers, z, PROBES[probes](3, 3)) if out is not None]
     g = normal(3, 3, seed=3)

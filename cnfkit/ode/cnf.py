@@ -182,6 +182,8 @@ class _Dynamics:
         else:
             v, rows = moment.with_products(z, self.probes)
             rates.append(divergence(rows, self.probes))
+        if not self.solve.energies:
+            return v, rates[0] if rates else z.new_zeros(0, len(z))
         visit = Visit(moment, z, v, rows, self.probes)
         rates += [RATES[name](visit)[None] / self.dimensions for name in self.solve.energies]
-        return v, torch.cat(rates) if rates else z.new_zeros(0, len(z))
+        return v, torch.cat(rates)

@@ -37,7 +37,7 @@ def divergence(products: Tensor, probes: Tensor | None) -> Tensor:
     Source: Hutchinson, 1989; Grathwohl et al., *FFJORD*, equation 8.
     """
     if probes is None:
-        return torch.einsum("ini->n", products.flatten(2))[None]
+        return products.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)[None]
     return (products * probes).flatten(2).sum(-1)
 
 

@@ -60,7 +60,7 @@ class Moment:
     def with_trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""The velocity and its divergence :math:`\sum_i e_i^\top J e_i`, shape ``(n,)``."""
         v, rows = self.with_products(z, None)
-        return v, torch.einsum("ini->n", rows.flatten(2))
+        return v, rows.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
 
     def total_derivative(self, z: Tensor, v: Tensor) -> Tensor:
         r"""The acceleration along the path, shape ``(n, *event)``.

@@ -57,10 +57,11 @@ def with_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | s
         layers: weights, shape ``(outputs, inputs)``, and biases, shape ``(outputs,)``, or ``(n, outputs)`` where each
             point has its own.
         z: points, shape ``(n, d)``.
-        probes: :math:`\varepsilon_k`, shape ``(k, n, d)``; ``"unit"`` for the unit vectors, k = d; None for no product.
+        probes: :math:`\varepsilon_k`, shape ``(k, n, d)``; ``"unit"`` for the unit vectors, k = d; ``"trace"`` for the
+            trace alone; None for no product.
 
     Returns:
-        The value, shape ``(n, outputs)``, and the products, shape ``(k, n, outputs)``.
+        The value, shape ``(n, outputs)``, and the products, shape ``(k, n, outputs)``, or the trace, shape ``(n,)``.
     """
     if not concrete(z):  # torch.func and torch.export cannot look into a backward pass written by hand
         return plain_tangents(activation, layers, z, probes)
@@ -74,7 +75,9 @@ def with_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | s
     if len(done) == 1:
         return done[0]
     outs, rows = zip(*done, strict=True)
-    return torch.cat(outs), None if probes is None else torch.cat(rows, dim=1)
+    if probes is None:
+        return torch.cat(outs), None
+    return torch.cat(outs), torch.cat(rows, dim=0 if rows[0].dim() == 1 else 1)
 
 
 def plain_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,8 @@ def plain_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | 
         z = VALUES[activation](z @ weight.T + bias)
         tangents = None if tangents is None else SLOPES[activation](z) * (tangents @ weight.T)
     weight, bias = layers[-1]
-    return z @ weight.T + bias, None if tangents is None else tangents @ weight.T
+    rows = None if tangents is None else tangents @ weight.T
+    return z @ weight.T + bias, torch.einsum("ini->n", rows) if isinstance(probes, str) and probes == "trace" else rows
 
 
 def trace_form(weights: Sequence[Tensor]) -> Tensor | None:
@@ -126,8 +130,7 @@ def with_trace(activation: str, layers: Layers, z: Tensor, form: Tensor | None) 
         form: :func:`trace_form` of the weights.
     """
     if form is None:
-        out, rows = with_tangents(activation, layers, z, "unit")
-        return out, torch.einsum("ini->n", rows)
+        return with_tangents(activation, layers, z, "trace")
     slopes = []
     for weight, bias in layers[:-1]:
         z = VALUES[activation](torch.addmm(bias, z, weight.T))
@@ -152,8 +155,7 @@ def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str |
             tangents = _linear(probes.flatten(0, 1), weight).unflatten(0, probes.shape[:2])
         tangents = SLOPES[activation](z) * tangents
     weight, bias = layers[-1]
-    rows = None if probes is None else _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
-    return _linear(z, weight) + bias, rows
+    return _linear(z, weight) + bias, None if probes is None else _last(tangents, weight, probes)
 
 
 class _Tangents(torch.autograd.Function):
@@ -178,10 +180,9 @@ class _Tangents(torch.autograd.Function):
                 products.append(product)
                 tangents = SLOPES[activation](values[-1]) * product
         weight, bias = parts[-2:]
-        ctx.activation, ctx.depth, ctx.traced, ctx.unit = activation, depth, traced, unit
+        ctx.activation, ctx.depth, ctx.traced, ctx.probes = activation, depth, traced, probes if unit else None
         ctx.save_for_backward(*parts, *values, *products, *([probes] if traced and not unit else []))
-        rows = _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2]) if traced else None
-        return _linear(values[-1], weight) + bias, rows
+        return _linear(values[-1], weight) + bias, _last(tangents, weight, probes) if traced else None
 
     @staticmethod
     def backward(ctx, g, g_rows):
@@ -196,12 +197,15 @@ class _Tangents(torch.autograd.Function):
             weight, bias = parts[2 * k : 2 * k + 2]
             if k:
                 slope = SLOPES[ctx.activation](values[k])
+            summed = traced and k == depth - 1 and ctx.probes == "trace"
             if ctx.needs_input_grad[3 + 2 * k]:
                 g_weight = _outer(g, values[k])
-                if traced and k:
+                if summed:
+                    g_weight += torch.stack([g_rows @ tangent for tangent in slope * products[k - 1]])
+                elif traced and k:
                     g_weight += _outer(g_rows.flatten(0, 1), (slope * products[k - 1]).flatten(0, 1))
                 elif traced:
-                    g_weight += g_rows.sum(1).T if ctx.unit else _outer(g_rows.flatten(0, 1), probes[0].flatten(0, 1))
+                    g_weight += g_rows.sum(1).T if ctx.probes else _outer(g_rows.flatten(0, 1), probes[0].flatten(0, 1))
                 gradients[2 * k] = g_weight
             if ctx.needs_input_grad[4 + 2 * k]:
                 gradients[2 * k + 1] = g if bias.dim() == 2 else g.sum(0)
@@ -209,7 +213,10 @@ class _Tangents(torch.autograd.Function):
                 break
             g = g @ weight
             if traced:
-                g_rows = (g_rows.flatten(0, 1) @ weight).unflatten(0, g_rows.shape[:2])
+                if summed:
+                    g_rows = g_rows[:, None] * weight[:, None]
+                else:
+                    g_rows = (g_rows.flatten(0, 1) @ weight).unflatten(0, g_rows.shape[:2])
                 g_slope = g_rows[0] * products[k - 1][0]
                 for g_row, product in zip(g_rows[1:], products[k - 1][1:], strict=True):
                     g_slope.addcmul_(g_row, product)
@@ -222,7 +229,7 @@ class _Tangents(torch.autograd.Function):
 def _by_autograd(ctx, saved, g, g_rows):
     """The same gradients from the twin, as a function of everything that they depend on."""
     parts, z = saved[: 2 * ctx.depth], saved[2 * ctx.depth]
-    probes = ("unit" if ctx.unit else saved[-1]) if ctx.traced else None
+    probes = ctx.probes or (saved[-1] if ctx.traced else None)
 
     def twin(z, *parts):
         layers = list(zip(parts[::2], parts[1::2], strict=True))
@@ -231,6 +238,16 @@ def _by_autograd(ctx, saved, g, g_rows):
     _, gradients = torch.func.vjp(twin, z, *parts)
     found = gradients((g, g_rows)[: 1 + ctx.traced])
     return None, None, *(part if needed else None for part, needed in zip(found, ctx.needs_input_grad[2:], strict=True))
+
+
+def _last(tangents: Tensor, weight: Tensor, probes: Tensor | str) -> Tensor:
+    """The products with the Jacobian, or its trace, from the tangents that meet the last weight."""
+    if not isinstance(probes, str) or probes == "unit":
+        return _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
+    trace = tangents[0] @ weight[0]
+    for tangent, row in zip(tangents[1:], weight[1:], strict=True):
+        trace.addmv_(tangent, row)
+    return trace
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
