@@ -1002,7 +1002,7 @@ TABLE = {
     "unknown method": Bad(
         lambda: k.Solve(method="rk5"),
         V,
-        "method is 'rk5'; wanted one of euler, midpoint, rk4, rk4_38, dopri5, torchdiff",
+        "method is 'rk5'; wanted one of euler, midpoint, rk4, rk4_38, rk6, dopri5, torchdiff",
     ),
     "no method": Bad(lambda: k.Solve(method=None), V, "method is None; wanted one of euler"),
     "unknown method of torchdiffeq": Bad(

@@ -118,7 +118,8 @@ def activate(sums: Tensor, shift: Tensor) -> Tensor:
     """
     if len(sums) == 1:
         return F.softplus(sums + shift)
-    return _Activate.apply(sums, shift) if concrete(sums) else plain_activate(sums, shift)
+    by_hand = concrete(sums) and not torch._C._are_functorch_transforms_active()
+    return (_Activate.apply if by_hand else plain_activate)(sums, shift)
 
 
 def plain_activate(sums: Tensor, shift: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def average(estimates: Tensor, solve: Solve) -> tuple[Tensor, Tensor | None]:
     mean, k = estimates.mean(0), len(estimates)
     if solve.trace != "hutchinson":
         return mean, None
-    if k == 1:
+    if k == 1 or not mean.numel():
         return mean, torch.full_like(mean, math.nan, requires_grad=False)
     return mean, (estimates.detach().var(0) / k).sqrt()
 

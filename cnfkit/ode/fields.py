@@ -194,7 +194,10 @@ class MLPField(nn.Module):
         if activation == "tanh":
             layers, activation = tangents.as_logistic(layers), "logistic"
         if self.context:  # it shifts the sums of the first layer, the same at every evaluation
-            (weight, bias), features = layers[0], check_features("MLPField", context, context.shape[:1], self.context)
+            (weight, bias), features = (
+                layers[0],
+                check_features("MLPField", context, getattr(context, "shape", ())[:1], self.context),
+            )
             weight, seen = weight.split([self.event_shape[0], self.context], dim=-1)
             layers[0] = weight, bias[:, None] + features @ seen.mT
         each = [
@@ -223,6 +226,8 @@ class MLPField(nn.Module):
         Returns:
             The velocity, shape ``(n, d)``, and the products, shape ``(k, n, d)``.
         """
+        if self.context:
+            check_features("MLPField", context, z.shape[:1], self.context)
         (moment,) = self.moments(t[None], context)
         return moment.with_products(z, probes)
 

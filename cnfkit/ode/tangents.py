@@ -63,7 +63,9 @@ def with_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | s
     Returns:
         The value, shape ``(n, outputs)``, and the products, shape ``(k, n, outputs)``, or the trace, shape ``(n,)``.
     """
-    if not concrete(z):  # torch.func and torch.export cannot look into a backward pass written by hand
+    learnt = isinstance(probes, Tensor) and probes.requires_grad
+    # torch.func and torch.export cannot look into a backward pass written by hand, which has none for probes either
+    if learnt or not concrete(z) or torch._C._are_functorch_transforms_active():
         return plain_tangents(activation, layers, z, probes)
     if torch.is_grad_enabled():
         return _Tangents.apply(activation, probes, z, *(part for layer in layers for part in layer))
