@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cnfkit as ck
 
 PENALTIES = {"kinetic_energy": 0.01, "jacobian_energy": 0.01}
-METHODS = ("rk4", "rk4_38", "dopri5")
+METHODS = ("rk4", "rk6", "dopri5")
 
 
 @dataclass

@@ -58,13 +58,13 @@ class Scale:
         tolerances, grids: the settings that are tried, the cheapest first; of grids, the numbers of steps.
     """
 
-    threads: tuple[int, ...] = (2, 1)
+    threads: tuple[int, ...] = (1,)
     fields: tuple[str, ...] = ("plain", "rnode")
     batch: int = 512
     points: int = 10_000
     judged: int = 1000
-    seconds: float = 15.0
-    least: int = 7
+    seconds: float = 8.0
+    least: int = 3
     images: int = 16
     batches: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -72,7 +72,7 @@ class Scale:
     tight: float = 1e-10
     # finer tolerances float32 does not resolve, and some solvers would not return
     tolerances: tuple[float, ...] = tuple(10 ** (-k / 2) for k in range(2, 13))
-    grids: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    grids: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
 
     def time(self, functions: dict[str, Callable[[], object]], share: float = 1.0) -> dict[str, Timing]:
         """Time functions side by side, for a share of the seconds."""

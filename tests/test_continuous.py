@@ -96,7 +96,12 @@ def derivatives(function, activation: str, parts, probes, wanted=None) -> list[l
     return [part.detach() for group in (outputs, first, again, second) for part in group]
 
 
-PROBES = {"value alone": lambda n, d: None, "unit": lambda n, d: "unit", "probes": lambda n, d: normal(2, n, d, seed=9)}
+PROBES = {
+    "value alone": lambda n, d: None,
+    "unit": lambda n, d: "unit",
+    "trace": lambda n, d: "trace",
+    "probes": lambda n, d: normal(2, n, d, seed=9),
+}
 HIDDEN = [(5,), (70,), (6, 70), (70, 5), (5, 66, 7), (5, 4, 3, 6)]
 
 
@@ -141,13 +146,13 @@ def test_without_gradients_points_go_through_in_blocks(points, per_point, activa
 def test_in_one_dimension_and_in_many(d):
     """The last layer has more rows than are computed transposed, or one."""
     parts = [normal(3, d), *(part for layer in network(d, (5, 4)) for part in layer)]
-    for probes in ("unit", normal(2, 3, d)):
+    for probes in ("unit", "trace", normal(2, 3, d)):
         ours, theirs = (derivatives(f, "logistic", parts, (probes,)) for f in (with_tangents, plain_tangents))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (5,), (5, 6), (0, 3), (1, 4, 6)], ids=str)
-@pytest.mark.parametrize("probes", ["unit", "probes", "value alone"])
+@pytest.mark.parametrize("probes", PROBES)
 def test_parts_that_are_frozen_get_no_gradient_and_change_no_other(wanted, probes):
     """The points, one weight, one bias; the rest is given."""
     parts = [normal(4, 3), *(part for layer in network(3, (6, 5)) for part in layer)]
@@ -187,9 +192,10 @@ def test_third_derivatives():
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_the_twin_is_the_network_and_its_jacobian():
-    """What both are compared with is right itself."""
-    layers, z = network(3, (6, 5)), normal(4, 3)
+@pytest.mark.parametrize("size", [1, 60], ids=["usual", "far out"])
+def test_the_twin_is_the_network_and_its_jacobian(size):
+    """What both are compared with is right itself, also where the activations are flat or straight."""
+    layers, z = network(3, (6, 5)), size * normal(4, 3)
     for activation, function in (("logistic", torch.sigmoid), ("softplus", nn.functional.softplus)):
 
         def net(z, function=function):
@@ -197,9 +203,12 @@ def test_the_twin_is_the_network_and_its_jacobian():
                 z = function(weight @ z + bias)
             return layers[-1][0] @ z + layers[-1][1]
 
-        value, columns = plain_tangents(activation, layers, z, "unit")
-        torch.testing.assert_close(value, vmap(net)(z))
-        torch.testing.assert_close(columns, vmap(jacrev(net))(z).permute(2, 0, 1))
+        jacobian = vmap(jacrev(net))(z)
+        for ours in (plain_tangents, with_tangents):
+            value, columns = ours(activation, layers, z, "unit")
+            torch.testing.assert_close(value, vmap(net)(z))
+            torch.testing.assert_close(columns, jacobian.permute(2, 0, 1), rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(ours(activation, layers, z, "trace")[1], vmap(torch.trace)(jacobian))
 
 
 def saved_by(function) -> int:
@@ -215,7 +224,7 @@ def saved_by(function) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("probes", ["unit", "probes"])
+@pytest.mark.parametrize("probes", ["unit", "trace", "probes"])
 def test_all_that_is_kept_for_the_backward_pass_is_seen_by_hooks(probes):
     """So that it can be counted, and moved to the CPU or to a disk: the node itself holds no tensor beside."""
     layers, z, kept = network(3, (6, 5)), normal(4, 3).requires_grad_(), []
@@ -244,7 +253,7 @@ def test_no_more_is_kept_than_by_the_twin():
     assert ours <= theirs
 
 
-@pytest.mark.parametrize("probes", ["unit", "probes", "value alone"])
+@pytest.mark.parametrize("probes", PROBES)
 @pytest.mark.parametrize("per_point", [0, 3])
 def test_gradients_that_come_in_are_left_as_they_are(probes, per_point):
     """They belong to the caller: a second pass over the same graph, with the same tensors, gives the same.
@@ -257,7 +266,7 @@ def test_gradients_that_come_in_are_left_as_they_are(probes, per_point):
     g = normal(3, 3, seed=3)
     # one tensor for the value and for every product, whose copies share its memory; and one number for all
     for shared in (g, torch.tensor(2.0, dtype=D).expand(3, 3)):
-        weights = [shared.expand(out.shape) for out in outputs]
+        weights = [(shared if out.dim() > 1 else shared[0]).expand(out.shape) for out in outputs]
         before = shared.clone()
         first, second = (torch.autograd.grad(outputs, parts, weights, retain_graph=True) for _ in range(2))
         assert shared.equal(before) and all(a.equal(b) for a, b in zip(first, second, strict=True))
