@@ -4,8 +4,8 @@ python benchmarks/train.py [--seconds CAP] [RUN ...]          a RUN is "DENSITY/
 
 It takes about an hour. The file is written after each run, and what it holds is not run again: delete a run, or the
 file, to repeat it. Held-out likelihoods are all measured on the same points within the same tolerance, and the clock
-stands still meanwhile. The clock counts the processor's time, of one thread: on a machine that does nothing else it goes
-like the one on the wall, and elsewhere it does not count what others do.
+stands still meanwhile. It counts the processor's time, of one thread: on a machine that does nothing else it goes like
+the one on the wall, and elsewhere it does not count what others do.
 """
 
 from __future__ import annotations
