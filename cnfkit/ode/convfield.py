@@ -58,7 +58,7 @@ class ConvField(nn.Module):
             z = F.softplus(layer(torch.cat([z, clock], 1)))
         return self.layers[-1](torch.cat([z, clock], 1))
 
-    def moments(self, times: Tensor, context: Tensor | None = None) -> list[Moment]:
+    def moments(self, times: Tensor, context: Tensor | None = None) -> list:
         """The field at some times, with what the channel of the time adds to each layer computed once.
 
         Args:

@@ -183,7 +183,7 @@ class MLPField(nn.Module):
             z = ACTIVATIONS[self.activation](layer(t, z))
         return self.layers[-1](t, z)
 
-    def moments(self, times: Tensor, context: Tensor | None = None) -> list[Moment]:
+    def moments(self, times: Tensor, context: Tensor | None = None) -> list:
         """The field at some times, with the weights of those times computed once.
 
         Args:

@@ -100,7 +100,7 @@ class PotentialField(nn.Module):
         p = self.w + (self.w * tau1) @ self.second.weight
         return (tau0 * p) @ self.first.weight + (s @ self.A.T) @ self.A + self.b, tau0, tau1, p
 
-    def moments(self, times: Tensor, context: Tensor | None = None) -> list[Moment]:
+    def moments(self, times: Tensor, context: Tensor | None = None) -> list:
         """The field at some times, shape ``(T,)``, each with its derivatives in closed form."""
         return [PotentialMoment(self, t) for t in times.unbind()]
 

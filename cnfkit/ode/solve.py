@@ -35,8 +35,8 @@ class Solve:
         trace: how the divergence of the field is found: ``"exact"``; ``"hutchinson"``, an unbiased estimate; ``"none"``
             for points alone (the log-determinant is then NaN).
         probes: the number of Hutchinson probes, one unless given; they are drawn once a solve. With several, the spread
-            of their estimates gives :attr:`cnfkit.Result.standard_error`. With the exact trace they estimate the
-            Jacobian energy, which is exact otherwise.
+            of their estimates gives the standard error in a :class:`cnfkit.Result`. With the exact trace they estimate
+            the Jacobian energy, which is exact otherwise.
         noise: their distribution, ``"rademacher"`` or ``"gaussian"``.
         generator: where the probes come from.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"``, ``"rk4_38"`` (the 3/8 rule), ``"rk6"`` (Butcher's of order 6),
