@@ -105,6 +105,18 @@ class Field(nn.Module):
         return self.function(t, z)
 
 
+class Bare(nn.Module):
+    """The same field, without products of its own: autograd differentiates it."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field, self.event_shape = field, field.event_shape
+        self.takes_context = getattr(field, "takes_context", False)
+
+    def forward(self, t, z, *context):
+        return self.field(t, z, *context)
+
+
 class Counted(nn.Module):
     """A field with products whose calls are counted, of one kind and of the other."""
 

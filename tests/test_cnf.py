@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Counted, Field, redrawn, seeded
+from builders import Bare, Counted, Field, redrawn, seeded
 from torch import nn
 from torch.func import jacrev, vmap
 
@@ -55,17 +55,6 @@ def products(field, t, z, probes):
     """The value and the products at one time."""
     (moment,) = moments(field, t[None])
     return moment.with_products(z, probes)
-
-
-class Bare(nn.Module):
-    """The same field, without products of its own: autograd differentiates it."""
-
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field, self.event_shape = field, field.event_shape
-
-    def forward(self, t, z):
-        return self.field(t, z)
 
 
 class Picture(nn.Module):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from builders import Counted, Field, redrawn, seeded
+from builders import Bare, Counted, Field, redrawn, seeded
 from torch import nn
 from torch.func import functional_call, jacrev, jvp, stack_module_state, vmap
 
@@ -44,18 +44,6 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = D) -> torch.Tensor:
 
 def field_of(d: int = 2, hidden=(6, 5), **options) -> MLPField:
     return redrawn(MLPField(d, hidden, **options)).double()
-
-
-class Bare(nn.Module):
-    """The same field, without anything of its own: autograd differentiates it."""
-
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field, self.event_shape = field, field.event_shape
-        self.takes_context = getattr(field, "takes_context", False)
-
-    def forward(self, t, z, *context):
-        return self.field(t, z, *context)
 
 
 # Tangents

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from builders import Field, NoFloat64, redrawn, seeded
+from builders import Bare, Field, NoFloat64, redrawn, seeded
 from torch import nn
 
 from cnfkit import CNF, Chain, Flow, Inverse, MLPField, NegativeLogLikelihood, Normal, Solve, SolveError, uniform_grid
@@ -19,17 +19,6 @@ STAGES = {"euler": 1, "midpoint": 2, "rk4": 4, "rk4_38": 4, "rk6": 7, "dopri5": 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = D) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=D).to(dtype)
-
-
-class Bare(nn.Module):
-    """A field that autograd differentiates: nothing of its own but the velocity."""
-
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field, self.event_shape = field, field.event_shape
-
-    def forward(self, t, z):
-        return self.field(t, z)
 
 
 KINDS = {"products": lambda field: field, "autograd": Bare}
@@ -209,7 +198,7 @@ SPIN = torch.tensor([[0.3, -4.0], [4.0, -0.5]], dtype=D)
 
 
 @pytest.mark.parametrize("loss", [value_alone, logdet_alone, energy_alone], ids=lambda loss: loss.__name__)
-@pytest.mark.parametrize("weight", [1e4, 1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("weight", [1.0, 1e-4, 1e-8])
 def test_a_small_loss_is_differentiated_as_well_as_a_large_one(weight, loss):
     """The mean over ten thousand points, say: a gradient of 1e-4 within an absolute tolerance would be none.
 
@@ -222,7 +211,7 @@ def test_a_small_loss_is_differentiated_as_well_as_a_large_one(weight, loss):
         solve = Solve(**options, energies=("jacobian_energy",))
         return gradients(flow, solve, torch.zeros(3, 2, dtype=D), loss=lambda result: loss(result, weight))[0]
 
-    truth = go(method="rk6", times=uniform_grid(40))
+    truth = go(method="rk6", times=uniform_grid(25))
     assert error(go(tolerance=tolerance, gradient="adjoint"), truth) < 10 * tolerance
 
 
@@ -324,14 +313,14 @@ def held(**options) -> int:
     return sum(sizes.values())
 
 
-def test_the_adjoint_holds_as_much_for_a_hundred_steps_as_for_one():
+def test_the_adjoint_holds_as_much_for_many_steps_as_for_one():
     """The last state and the parameters; checkpointing a state a step; backpropagation all there is."""
     parameters, state = sum(p.numel() for p in MLPField(2, (32, 32)).parameters()), 2 * 64
-    grids = [dict(method="rk4", times=uniform_grid(n)) for n in (1, 100)]
+    grids = [dict(method="rk4", times=uniform_grid(n)) for n in (1, 31)]
     few, many = (held(gradient="adjoint", **grid) for grid in grids)
     assert few == many <= parameters + 2 * state
     few, many = (held(gradient="checkpoint", **grid) for grid in grids)
-    assert many - few == 99 * state and few <= parameters + 2 * state
+    assert many - few == 30 * state and few <= parameters + 2 * state
     assert held(**grids[0]) > 10 * few
     coarse, fine = (held(gradient="adjoint", tolerance=tolerance) for tolerance in (1e-2, 1e-5))
     assert coarse == fine == held(gradient="adjoint", **grids[0])
