@@ -1079,3 +1079,14 @@ def test_the_equation_of_a_potential_is_refused_where_there_is_none():
         loss = NegativeLogLikelihood(Flow(Normal(2).double(), CNF(field)), penalties={"hamilton_jacobi": 0.1})
         with pytest.raises(ValueError, match=message):
             loss(normal(4, 2))
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson", "none"])
+def test_autocast_changes_no_number(trace):
+    flow, x = CNF(redrawn(MLPField(2, (5, 4)))), torch.randn(4, 2, generator=seeded())
+    plain, cast = [], []
+    for found, on in ((plain, False), (cast, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            result = flow(x, solve=Solve(trace=trace, generator=seeded()))
+        found += [result.value, result.logdet]
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0, equal_nan=True)

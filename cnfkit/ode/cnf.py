@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cnfkit.arguments import as_shape
+from cnfkit.arguments import as_shape, full_precision
 from cnfkit.bijections.base import Bijection, Result
 from cnfkit.ode.divergence import average, divergence, draw_probes
 from cnfkit.ode.energies import RATES, Visit
@@ -124,7 +124,10 @@ class CNF(Bijection):
             controlled = dynamics.traces if control else 0
             own = (*self.field.parameters(), *([] if context is None else [context]))
             parameters = tuple(parameter for parameter in own if parameter.requires_grad)
-            value, integrals, stats = integrate(dynamics, z, start, end, solve, dynamics.rates, controlled, parameters)
+            with full_precision(z):  # half precision would be the solver's error
+                value, integrals, stats = integrate(
+                    dynamics, z, start, end, solve, dynamics.rates, controlled, parameters
+                )
             if dynamics.traces and not controlled and solve.tolerance is not None:
                 stats.status = "points within tolerance"
         traces, energies = integrals[: dynamics.traces], integrals[dynamics.traces :]
