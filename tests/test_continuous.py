@@ -1090,3 +1090,14 @@ def test_autocast_changes_no_number(trace):
             result = flow(x, solve=Solve(trace=trace, generator=seeded()))
         found += [result.value, result.logdet]
     torch.testing.assert_close(cast, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_trace_without_a_graph_is_not_given_out_where_there_is_to_be_one():
+    field, z = redrawn(MLPField(3, (5, 4))).double(), normal(4, 3)
+    (moment,) = field.moments(torch.zeros(1, dtype=D))
+    with torch.no_grad():
+        moment.with_trace(z)
+    found = []
+    for one in (moment, field.moments(torch.zeros(1, dtype=D))[0]):
+        found.append(torch.autograd.grad(one.with_trace(z)[1].sum(), field.layers[1].weight))
+    torch.testing.assert_close(*found)

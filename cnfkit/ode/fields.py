@@ -3,7 +3,7 @@ r"""Velocity fields :math:`v(t, z)`: networks that see the point and the time.""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -242,15 +242,14 @@ class _Forms:
     """What the exact trace needs of the weights of all times, computed when the first moment asks for it."""
 
     def __init__(self, weights: list[Tensor]) -> None:
-        self.weights = weights
-
-    @cached_property
-    def form(self) -> Tensor | None:
-        return tangents.trace_form(self.weights)
+        self.weights, self.found = weights, {}
 
     def at(self, k: int) -> Tensor | None:
-        steady = all(weight.dim() == 2 for weight in self.weights)
-        return self.form if steady or self.form is None else self.form[k]
+        recorded = torch.is_grad_enabled()  # one without a graph must not be given out where there is to be one
+        if recorded not in self.found:
+            self.found[recorded] = tangents.trace_form(self.weights)
+        form, steady = self.found[recorded], all(weight.dim() == 2 for weight in self.weights)
+        return form if steady or form is None else form[k]
 
 
 class MLPMoment(Moment):
