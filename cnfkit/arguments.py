@@ -139,3 +139,8 @@ def concrete(value: Tensor) -> bool:
         or torch._C._functorch.is_functorch_wrapped_tensor(value)
         or (value.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def by_hand(value: Tensor) -> bool:
+    """Whether a backward pass written by hand may be taken: torch.func and torch.export cannot look into one."""
+    return concrete(value) and not torch._C._are_functorch_transforms_active()

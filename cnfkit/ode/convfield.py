@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnfkit.arguments import as_shape, concrete
+from cnfkit.arguments import as_shape, by_hand
 from cnfkit.ode.moments import Moment
 
 
@@ -118,8 +118,7 @@ def activate(sums: Tensor, shift: Tensor) -> Tensor:
     """
     if len(sums) == 1:
         return F.softplus(sums + shift)
-    by_hand = concrete(sums) and not torch._C._are_functorch_transforms_active()
-    return (_Activate.apply if by_hand else plain_activate)(sums, shift)
+    return (_Activate.apply if by_hand(sums) else plain_activate)(sums, shift)
 
 
 def plain_activate(sums: Tensor, shift: Tensor) -> Tensor:

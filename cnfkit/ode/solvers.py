@@ -95,11 +95,8 @@ def _combine(z: Tensor, h: float, weights: Iterable[float], terms: Iterable[Tens
 
 def weighted(h: float, weights: Iterable[float], terms: Iterable[Tensor | None]) -> Tensor:
     """h Σ w r."""
-    (weight, term), *pairs = [(h * weight, term) for weight, term in zip(weights, terms, strict=True) if weight]
-    total = weight * term
-    for weight, term in pairs:
-        total = torch.add(total, term, alpha=weight)
-    return total
+    (weight, term), *rest = [pair for pair in zip(weights, terms, strict=True) if pair[0]]
+    return _combine(h * weight * term, h, *zip(*rest, strict=True)) if rest else h * weight * term
 
 
 def without_error(method: str) -> Tableau:

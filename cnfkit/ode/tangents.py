@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnfkit.arguments import concrete
+from cnfkit.arguments import by_hand
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 
@@ -64,8 +64,7 @@ def with_tangents(activation: str, layers: Layers, z: Tensor, probes: Tensor | s
         The value, shape ``(n, outputs)``, and the products, shape ``(k, n, outputs)``, or the trace, shape ``(n,)``.
     """
     learnt = isinstance(probes, Tensor) and probes.requires_grad
-    # torch.func and torch.export cannot look into a backward pass written by hand, which has none for probes either
-    if learnt or not concrete(z) or torch._C._are_functorch_transforms_active():
+    if learnt or not by_hand(z):  # there is none for probes
         return plain_tangents(activation, layers, z, probes)
     if torch.is_grad_enabled():
         return _Tangents.apply(activation, probes, z, *(part for layer in layers for part in layer))
