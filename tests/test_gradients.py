@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from builders import Bare, Field, NoFloat64, redrawn, seeded
 from torch import nn
 
 from cnfkit import CNF, Chain, Flow, Inverse, MLPField, NegativeLogLikelihood, Normal, Solve, SolveError, uniform_grid
+from cnfkit.ode import tape
+from cnfkit.ode.cnf import Dynamics
+from cnfkit.ode.tape import Tape
 
 D = torch.float64
 ENERGIES = ("kinetic_energy", "jacobian_energy", "total_derivative")
@@ -321,7 +325,7 @@ def test_the_adjoint_holds_as_much_for_many_steps_as_for_one():
     assert few == many <= parameters + 2 * state
     few, many = (held(gradient="checkpoint", **grid) for grid in grids)
     assert many - few == 30 * state and few <= parameters + 2 * state
-    assert held(**grids[0]) > 10 * few
+    assert held(tolerance=1e-2) > 10 * few
     coarse, fine = (held(gradient="adjoint", tolerance=tolerance) for tolerance in (1e-2, 1e-5))
     assert coarse == fine == held(gradient="adjoint", **grids[0])
 
@@ -589,3 +593,112 @@ def test_no_gradient_is_the_business_of_a_solve_that_samples():
     for result in (*results, *others):
         torch.testing.assert_close(result.value, results[0].value, rtol=1e-12, atol=1e-12)
         assert result.evaluations == results[0].evaluations
+
+
+TAPED = {
+    "one hidden layer": dict(hidden=(5,)),
+    "two, steady": dict(time="concat"),
+    "two": dict(),
+    "three": dict(hidden=(4, 5, 3)),
+    "three, steady": dict(hidden=(4, 5, 3), time="concat", activation="softplus"),
+    "hyper": dict(time="hyper", activation="softplus"),
+    "context": dict(hidden=(4, 5, 3), context=2),
+    "context, form": dict(context=2, activation="softplus"),
+}
+WANTED = {
+    "exact": Solve(energies=("kinetic_energy",), times=(0, 0.3, 1), method="rk6"),
+    "exact, mean": Solve(energies=("jacobian_energy", "kinetic_energy"), times=(0, 0.3, 1), reduction="mean"),
+    "one probe": Solve("hutchinson", times=(0, 0.3, 1), energies=("kinetic_energy", "jacobian_energy"), method="rk4"),
+    "probes": Solve("hutchinson", probes=3, noise="gaussian", times=(0, 0.3, 1), energies=("jacobian_energy",)),
+    "none": Solve("none", times=(0, 0.3, 1), energies=("kinetic_energy",), method="rk4_38"),
+    "points alone": Solve("none", times=(0, 0.3, 1), method="euler"),
+}
+
+
+def taped_loss(flow: CNF, x, context, solve: Solve, back: bool):
+    solve = replace(solve, generator=seeded(3))
+    return loss_of((flow.inverse if back else flow)(x, context=context, solve=solve))
+
+
+def taped_case(options: dict):
+    flow = flow_of(d=3, **{"hidden": (5, 4), **options})
+    x, context = normal(4, 3), normal(4, 2, seed=1) if "context" in options else None
+    starts = [part.requires_grad_() for part in (x, context) if part is not None]
+    return flow, x, context, [*starts, *flow.parameters()]
+
+
+@pytest.mark.parametrize("solve", WANTED.values(), ids=WANTED)
+@pytest.mark.parametrize("options", TAPED.values(), ids=TAPED)
+@BOTH_WAYS
+def test_backpropagation_by_hand_is_that_of_autograd(options, solve, back, monkeypatch):
+    flow, x, context, starts = taped_case(options)
+    passes, pull = [], Tape.pull
+    monkeypatch.setattr(Tape, "pull", lambda self, *args: passes.append(1) or pull(self, *args))
+    by_hand = taped_loss(flow, x, context, solve, back)
+    found = torch.autograd.grad(by_hand, starts, materialize_grads=True)
+    assert len(passes) == 2 * STAGES[solve.method]
+    monkeypatch.setattr(Dynamics, "taped", lambda *_: None)
+    plain = taped_loss(flow, x, context, solve, back)
+    torch.testing.assert_close(by_hand, plain)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, starts, materialize_grads=True))
+    assert len(passes) == 2 * STAGES[solve.method]
+
+
+@pytest.mark.parametrize("solve", [WANTED["exact"], WANTED["exact, mean"], WANTED["probes"]])
+def test_what_goes_back_by_hand_goes_back_twice_and_once_more(solve):
+    flow, x, context, starts = taped_case(dict(hidden=(4, 3)))
+    loss = taped_loss(flow, x, context, solve, False)
+    first = torch.autograd.grad(loss, starts, retain_graph=True)
+    again = torch.autograd.grad(loss, starts, retain_graph=True)
+    torch.testing.assert_close(first, again)
+    recorded = torch.autograd.grad(loss, starts, create_graph=True)
+    torch.testing.assert_close(first, recorded)
+    second = torch.autograd.grad(sum(part.square().sum() for part in recorded), starts)
+    step, way = 1e-5, [normal(*part.shape, seed=5) for part in starts]
+
+    def size(shift: float) -> torch.Tensor:
+        with torch.no_grad():
+            for part, w in zip(starts, way, strict=True):
+                part += shift * w
+        found = torch.autograd.grad(taped_loss(flow, x, context, solve, False), starts)
+        with torch.no_grad():
+            for part, w in zip(starts, way, strict=True):
+                part -= shift * w
+        return sum(part.square().sum() for part in found)
+
+    slope = sum((a * b).sum() for a, b in zip(second, way, strict=True))
+    torch.testing.assert_close(slope, (size(step) - size(-step)) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_the_memory_of_a_solve_serves_the_next_of_the_same_field_and_goes_with_it():
+    solve, free = Solve(method="rk4", times=uniform_grid(2)), tape._FREE
+
+    def blocks(flow: CNF) -> list[int]:
+        return [block.data_ptr() for block in free[flow.field].blocks]
+
+    gc.collect()
+    others, flow = len(free), flow_of()
+    gradients(flow, solve, normal(6, 2))
+    begun = blocks(flow)
+    assert len(begun) == 2 * 8  # of eight evaluations the values of two layers: a form gives the trace
+    gradients(flow, solve, normal(6, 2))
+    assert blocks(flow) == begun
+    gradients(flow, Solve(method="rk4", times=(0, 1)), normal(6, 2))
+    assert blocks(flow) == begun[:8]
+    sizes = [gradients(flow, solve, normal(n, 2))[0].numel() for n in (6, 9, 6)]
+    assert len(sizes) == 3 and len(blocks(flow)) == 16
+    one, two = (flow(normal(6, 2).requires_grad_(), solve=solve) for _ in range(2))  # both before one goes back
+    both = torch.autograd.grad(loss_of(one) + loss_of(two), list(flow.parameters()))
+    alone = torch.autograd.grad(loss_of(flow(normal(6, 2).requires_grad_(), solve=solve)), list(flow.parameters()))
+    torch.testing.assert_close(both, tuple(2 * part for part in alone))
+    assert len(free) == others + 1
+    del flow, one, two
+    gc.collect()
+    assert len(free) == others
+
+
+def test_nothing_is_kept_where_nothing_is_learnt():
+    flow = flow_of().requires_grad_(False)
+    free = len(tape._FREE)
+    assert not flow(normal(3, 2), solve=Solve(times=(0, 1))).logdet.requires_grad
+    assert len(tape._FREE) == free

@@ -9,14 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cnfkit.arguments import as_shape, full_precision
+from cnfkit.arguments import as_shape, by_hand, full_precision
 from cnfkit.bijections.base import Bijection, Result
 from cnfkit.ode.divergence import average, divergence, draw_probes
-from cnfkit.ode.energies import RATES, Visit
+from cnfkit.ode.energies import PULLED, RATES, Visit
+from cnfkit.ode.fields import MLPMoment
 from cnfkit.ode.integrate import integrate
 from cnfkit.ode.moments import Moment, moments, require_velocity
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import Statistics
+from cnfkit.ode.tape import Tape
 
 
 class CNF(Bijection):
@@ -116,7 +118,7 @@ class CNF(Bijection):
         batch = points.shape[: points.dim() - len(self.event_shape)]
         z = points.reshape(-1, *self.event_shape)
         context = context if context is None else context.reshape(-1, context.shape[-1])
-        dynamics = _Dynamics(self, solve, z, context)
+        dynamics = Dynamics(self, solve, z, context)
         if not len(z) or start == end:
             value, integrals, stats = z, z.new_zeros(dynamics.rates, len(z)), Statistics()
         else:
@@ -146,7 +148,7 @@ class CNF(Bijection):
         return super().extra_repr() + interval
 
 
-class _Dynamics:
+class Dynamics:
     """What the solver integrates: velocity, divergence, energies.
 
     Attributes:
@@ -163,30 +165,58 @@ class _Dynamics:
 
     def at(self, times: Tensor) -> list:
         """The dynamics at some times, as functions of the state."""
-        return [partial(self._evaluate, moment) for moment in moments(self.field, times, self.context)]
+        return self.evaluations(moments(self.field, times, self.context))
 
     def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         (evaluate,) = self.at(t[None])
         return evaluate(z)
 
-    def _evaluate(self, moment: Moment, z: Tensor, rated: bool = True) -> tuple[Tensor, Tensor]:
+    def evaluations(self, found: list[Moment]) -> list:
+        """The dynamics at some moments, as functions of the state."""
+        return [partial(self._evaluate, moment) for moment in found]
+
+    def taped(self, times: Tensor, z: Tensor) -> Tape | None:
+        """The dynamics at the times of a grid, differentiated by hand; None where there is no such way."""
+        twice = "jacobian_energy" in self.solve.energies and self.solve.trace == "exact" and self.probes is not None
+        if twice or not by_hand(z) or not set(self.solve.energies) <= set(PULLED):
+            return None
+        found = moments(self.field, times, self.context)
+        if not all(type(moment) is MLPMoment for moment in found):
+            return None
+        tape = Tape(self, found)
+        return tape if z.requires_grad or any(tensor.requires_grad for tensor in tape.tensors) else None
+
+    def carried(self) -> Tensor | str | None:
+        """What goes through the field beside the points: probes, the unit vectors, what the trace needs, nothing."""
+        if self.solve.trace == "none":
+            return None
+        if self.probes is not None:
+            return self.probes
+        return "unit" if "jacobian_energy" in self.solve.energies else "trace"
+
+    def _evaluate(self, moment: Moment, z: Tensor, rated: bool = True) -> tuple[Tensor, Tensor | None]:
         """The velocity, and the rates if they are used: a step of Dormand–Prince, say, has stages of weight zero."""
-        trace, jacobian, rows, rates = self.solve.trace, "jacobian_energy" in self.solve.energies, None, []
-        if not rated or trace == "none":
+        carried, divergences, rows = self.carried() if rated else None, None, None
+        if carried is None:
             v = moment.value(z)
             require_velocity(self.field, v, z)
             if not rated:
                 return v, None
-        elif trace == "exact" and not (jacobian and self.probes is None):
+        elif self.solve.trace == "exact" and carried != "unit":
             v, divergences = moment.with_trace(z)
-            rates.append(divergences[None])
-            if jacobian:
+            divergences = divergences[None]
+            if self.probes is not None:
                 _, rows = moment.with_products(z, self.probes)
         else:
             v, rows = moment.with_products(z, self.probes)
-            rates.append(divergence(rows, self.probes))
+        return v, self.rates_at(Visit(moment, z, v, rows, self.probes), divergences)
+
+    def rates_at(self, visit: Visit, divergences: Tensor | None = None) -> Tensor:
+        """The rates, shape ``(m, n)``; divergences that are not given come from the products."""
+        if divergences is None and self.traces:
+            divergences = divergence(visit.products, visit.probes)
+        rates = [] if divergences is None else [divergences]
         if not self.solve.energies:
-            return v, rates[0] if rates else z.new_zeros(0, len(z))
-        visit = Visit(moment, z, v, rows, self.probes)
+            return rates[0] if rates else visit.z.new_zeros(0, len(visit.z))
         rates += [RATES[name](visit)[None] / self.dimensions for name in self.solve.energies]
-        return v, torch.cat(rates)
+        return torch.cat(rates)

@@ -41,6 +41,13 @@ def divergence(products: Tensor, probes: Tensor | None) -> Tensor:
     return (products * probes).flatten(2).sum(-1)
 
 
+def divergence_pulled(g: Tensor, products: Tensor, probes: Tensor | None) -> Tensor:
+    """The gradient in the products from that in the divergence, which is linear in them."""
+    if probes is None:
+        return torch.eye(len(products), dtype=g.dtype, device=g.device)[:, None] * g[0][:, None]
+    return g[..., None] * probes
+
+
 def average(estimates: Tensor, solve: Solve) -> tuple[Tensor, Tensor | None]:
     """The mean of what each probe estimates, ``(k, n)`` to ``(n,)``, and its standard error.
 

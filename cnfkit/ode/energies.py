@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cnfkit.ode.divergence import squared_norm
@@ -39,9 +40,24 @@ def _hamilton_jacobi(at: Visit) -> Tensor:
     return (at.moment.time_derivative_of_potential(at.z) - 0.5 * _square(at.v)).abs()
 
 
+def _kinetic_pulled(at: Visit, g: Tensor, g_v: Tensor, g_products: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return torch.addcmul(g_v, g[:, None], at.v), g_products
+
+
+def _jacobian_pulled(at: Visit, g: Tensor, g_v: Tensor, g_products: Tensor) -> tuple[Tensor, Tensor]:
+    factor = 2 if at.probes is None else 2 / len(at.probes)
+    return g_v, torch.addcmul(g_products, g[:, None], at.products, value=factor)
+
+
 RATES: dict[str, Callable[[Visit], Tensor]] = {
     "kinetic_energy": lambda at: 0.5 * _square(at.v),
     "jacobian_energy": lambda at: squared_norm(at.products, at.probes),
     "total_derivative": lambda at: _square(at.moment.total_derivative(at.z, at.v)),
     "hamilton_jacobi": _hamilton_jacobi,
+}
+
+# With the gradient in an energy of RNODE, shape (n,): what comes to those in the velocity and the products.
+PULLED: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "kinetic_energy": _kinetic_pulled,
+    "jacobian_energy": _jacobian_pulled,
 }

@@ -2,8 +2,7 @@ r"""Velocity fields :math:`v(t, z)`: networks that see the point and the time.""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -200,15 +199,8 @@ class MLPField(nn.Module):
             )
             weight, seen = weight.split([self.event_shape[0], self.context], dim=-1)
             layers[0] = weight, bias[:, None] + features @ seen.mT
-        each = [
-            zip(weight.unbind() if weight.dim() == 3 else [weight] * len(times), bias.unbind(), strict=True)
-            for weight, bias in layers
-        ]
-        forms = _Forms([weight for weight, _ in layers])
-        return [
-            MLPMoment(self, times[k], context, activation, parts, partial(forms.at, k))
-            for k, parts in enumerate(zip(*each, strict=True))
-        ]
+        network = Network(activation, layers, len(times))
+        return [MLPMoment(self, t, context, network, k) for k, t in enumerate(times.unbind())]
 
     def with_products(
         self, t: Tensor, z: Tensor, probes: Tensor | None = None, context: Tensor | None = None
@@ -238,40 +230,56 @@ class MLPField(nn.Module):
         )
 
 
-class _Forms:
-    """What the exact trace needs of the weights of all times, computed when the first moment asks for it."""
+class Network:
+    """The common networks that an :class:`MLPField` is at some times.
 
-    def __init__(self, weights: list[Tensor]) -> None:
-        self.weights, self.found = weights, {}
+    Attributes:
+        activation: ``"logistic"`` or ``"softplus"``.
+        parts: the weights, shape ``(outputs, inputs)`` if they are the same at all times, else with T in front, and
+            the biases, shape ``(T, outputs)``, or ``(T, n, outputs)`` where each point has its own; in turn.
+    """
 
-    def at(self, k: int) -> Tensor | None:
+    def __init__(self, activation: str, layers: Sequence[tuple[Tensor, Tensor]], times: int) -> None:
+        self.activation, self.times = activation, times
+        self.parts = [part for layer in layers for part in layer]
+        self.steady = [weight.dim() == 2 for weight, _ in layers]
+        self.layers = [list(zip(parts[::2], parts[1::2], strict=True)) for parts in self.each(self.parts)]
+        self._forms: dict[bool, Tensor | None] = {}
+
+    def each(self, parts: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
+        """For each time its share of something of the parts' shapes, and of the form's if it comes last."""
+        steady = [same for weight in self.steady for same in (weight, False)] + [all(self.steady)]
+        columns = [
+            [part] * self.times if same or part is None else part.unbind()
+            for part, same in zip(parts, steady[: len(parts)], strict=True)
+        ]
+        return list(zip(*columns, strict=True))
+
+    def form(self) -> Tensor | None:
+        """What the exact trace needs of the weights of all times, computed when it is first asked for."""
         recorded = torch.is_grad_enabled()  # one without a graph must not be given out where there is to be one
-        if recorded not in self.found:
-            self.found[recorded] = tangents.trace_form(self.weights)
-        form, steady = self.found[recorded], all(weight.dim() == 2 for weight in self.weights)
-        return form if steady or form is None else form[k]
+        if recorded not in self._forms:
+            self._forms[recorded] = tangents.trace_form(self.parts[::2])
+        return self._forms[recorded]
 
 
 class MLPMoment(Moment):
-    """An :class:`MLPField` at one time: the layers of a common network."""
+    """An :class:`MLPField` at one of a network's times."""
 
-    def __init__(
-        self,
-        field: MLPField,
-        t: Tensor,
-        context: Tensor | None,
-        activation: str,
-        layers: Sequence[tuple[Tensor, Tensor]],
-        form: Callable[[], Tensor | None],
-    ) -> None:
+    def __init__(self, field: MLPField, t: Tensor, context: Tensor | None, network: Network, k: int) -> None:
         super().__init__(field, t, context)
-        self.activation, self.layers, self.form = activation, layers, form
+        self.network, self.k, self.layers = network, k, network.layers[k]
+
+    def form(self) -> Tensor | None:
+        form = self.network.form()
+        return form if form is None or all(self.network.steady) else form[self.k]
 
     def value(self, z: Tensor) -> Tensor:
-        return tangents.with_tangents(self.activation, self.layers, z, None)[0]
+        return tangents.with_tangents(self.network.activation, self.layers, z, None)[0]
 
     def with_products(self, z: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
-        return tangents.with_tangents(self.activation, self.layers, z, "unit" if probes is None else probes)
+        probes = "unit" if probes is None else probes
+        return tangents.with_tangents(self.network.activation, self.layers, z, probes)
 
     def with_trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return tangents.with_trace(self.activation, self.layers, z, self.form())
+        return tangents.with_trace(self.network.activation, self.layers, z, self.form())

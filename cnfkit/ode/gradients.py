@@ -1,9 +1,9 @@
-r"""Two ways to differentiate a solve that keep few states, or none, in memory.
+r"""Three ways to differentiate a solve in one node of autograd's graph.
 
-Plain backpropagation keeps what every evaluation computed. *Checkpointing* keeps the state at the beginning of each
-step, and takes the step once more when its turn comes: the same gradients, to rounding. The *adjoint* keeps the last
-state alone, and solves an equation for the gradient backwards in time: the gradients within the tolerance of that
-second solve.
+*Backpropagation* keeps what every evaluation computed, in memory that one solve leaves to the next. *Checkpointing*
+keeps the state at the beginning of each step, and takes the step once more when its turn comes: the same gradients, to
+rounding. The *adjoint* keeps the last state alone, and solves an equation for the gradient backwards in time: the
+gradients within the tolerance of that second solve.
 """
 
 from __future__ import annotations
@@ -12,8 +12,61 @@ import torch
 from torch import Tensor
 
 from cnfkit.ode.solve import Solve
-from cnfkit.ode.solvers import Counting, run, runge_kutta_step, stages, without_error
+from cnfkit.ode.solvers import Counting, grid_steps, run, runge_kutta_step, stages, weighted, without_error
 from cnfkit.ode.statistics import Statistics
+from cnfkit.ode.tape import Tape
+
+
+class Backpropagated(torch.autograd.Function):
+    r"""A solve on a grid that goes back through its steps by hand, as autograd would through each operation.
+
+    With the step :math:`z' = z + h \sum_i b_i k_i`, :math:`k_i = v(z + h \sum_{j<i} a_{ij} k_j)`, and the gradients
+    :math:`\bar z'` after it and :math:`g` in the integrals,
+
+    .. math::
+
+        \bar k_i = h \Bigl( b_i \bar z' + \sum_{j>i} a_{ji} y_j \Bigr), \qquad
+        y_i = \left( \frac{\partial v}{\partial z} \right)^{\!\top} \bar k_i
+            + h b_i \left( \frac{\partial r}{\partial z} \right)^{\!\top} g, \qquad
+        \bar z = \bar z' + \sum_i y_i
+
+    Source: Hairer, Lubich and Wanner, *Geometric numerical integration*, section VI.10.
+    """
+
+    @staticmethod
+    def forward(ctx, tape: Tape, stats: Statistics, start: float, end: float, solve: Solve, z, *tensors):
+        ctx.tape, ctx.way = tape, (start, end, solve)
+        ctx.save_for_backward(z, *tensors)
+        return run(Counting(tape, stats), z, start, end, solve, 0)[:2]
+
+    @staticmethod
+    def backward(ctx, g, g_total):
+        tape, (start, end, solve) = ctx.tape, ctx.way
+        z, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or tape.kept is None:  # a second derivative, or a second time
+            twice = torch.is_grad_enabled()
+            with torch.enable_grad():
+                dynamics = Counting(tape.plain, Statistics())
+                ends = run(dynamics, z, start, end, solve, 0)[:2]
+            # the form of a trace is made of the weights, and what comes to it has come to them
+            needed = [*ctx.needs_input_grad[5:-1], ctx.needs_input_grad[-1] and tape.form is None]
+            starts = [tensor for tensor, need in zip((z, *tensors), needed, strict=True) if need]
+            options = {"create_graph": twice, "retain_graph": True, "materialize_grads": True}
+            found = iter(torch.autograd.grad(ends, starts, (g, g_total), **options))
+            return *[None] * 5, *(next(found) if need else None for need in needed)
+        tableau = without_error(solve.method)
+        sums, shares = tape.zeros(ctx.needs_input_grad[6:])
+        last = len(tape.kept)
+        for _, h in reversed(grid_steps(solve, start, end)):
+            pulled: list[Tensor] = []  # y, from the last stage to the first
+            for i in reversed(range(len(tableau.b))):
+                last -= 1
+                after = [row[i] for row in reversed(tableau.a[i:])]
+                g_velocity = weighted(h, [tableau.b[i], *after], [g, *pulled])
+                pulled.append(tape.pull(last, shares[last], g_velocity, h * tableau.b[i] * g_total))
+            g = sum(pulled, g)
+        tape.clear()
+        return *[None] * 5, g, *sums
 
 
 class Checkpointed(torch.autograd.Function):

@@ -119,10 +119,14 @@ def run(
     return _adaptively(dynamics, z, start, end, solve, controlled)
 
 
-def _on_grid(dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve) -> tuple[Tensor, Tensor, Path]:
-    tableau = without_error(solve.method)
+def grid_steps(solve: Solve, start: float, end: float) -> list[tuple[float, float]]:
+    """The time and the length of each step of a grid."""
     shares = solve.times if end > start else tuple(1 - share for share in reversed(solve.times))
-    steps = [(start + (end - start) * a, (end - start) * (b - a)) for a, b in pairwise(shares)]
+    return [(start + (end - start) * a, (end - start) * (b - a)) for a, b in pairwise(shares)]
+
+
+def _on_grid(dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve) -> tuple[Tensor, Tensor, Path]:
+    tableau, steps = without_error(solve.method), grid_steps(solve, start, end)
     evaluations = dynamics.at([time for t, h in steps for time in stages(tableau, t, h)], z)
     path, integrals, s = [], [], len(tableau.b)
     for k, (t, h) in enumerate(steps):

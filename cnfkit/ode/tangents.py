@@ -137,8 +137,21 @@ def with_trace(activation: str, layers: Layers, z: Tensor, form: Tensor | None) 
         z = VALUES[activation](torch.addmm(bias, z, weight.T))
         slopes.append(SLOPES[activation](z))
     weight, bias = layers[-1]
-    out = torch.addmm(bias, z, weight.T)
-    return out, slopes[0] @ form if form.dim() == 1 else (slopes[0] @ form.T * slopes[1]).sum(-1)
+    return torch.addmm(bias, z, weight.T), _traced_by(form, slopes)
+
+
+def _traced_by(form: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+    return slopes[0] @ form if form.dim() == 1 else (slopes[0] @ form.T * slopes[1]).sum(-1)
+
+
+def _form_pulled(form: Tensor, slopes: Sequence[Tensor], g: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The gradients in the slopes and in the form, from those in the traces, shape ``(n,)``."""
+    g = g[:, None]
+    if form.dim() == 1:
+        return [g * form], (g * slopes[0]).sum(0)
+    first, second = slopes
+    weighted = g * second
+    return [weighted @ form, g * (first @ form.T)], weighted.T @ first
 
 
 def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str | None) -> tuple[Tensor, Tensor]:
@@ -160,71 +173,132 @@ def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str |
 
 
 class _Tangents(torch.autograd.Function):
-    """One node of autograd's graph where the twin makes dozens; what is kept, and how it is multiplied, is chosen.
-
-    Kept are the values, and the products before their slopes: slopes and tangents come from them in less time than
-    they would take to be fetched from memory, once a solve has more evaluations than the processor's cache holds.
-    """
+    """One node of autograd's graph where the twin makes dozens."""
 
     @staticmethod
     def forward(ctx, activation, probes, z, *parts):
-        traced, unit, depth = probes is not None, isinstance(probes, str), len(parts) // 2
-        values, products, tangents = [z], [], probes
-        for k in range(depth - 1):
-            weight, bias = parts[2 * k : 2 * k + 2]
-            values.append(VALUES[activation](torch.addmm(bias, values[-1], weight.T)))
-            if traced:
-                if k or not unit:
-                    product = _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
-                else:  # the product with a unit vector is a column of the weight
-                    product = weight.T.contiguous()[:, None]
-                products.append(product)
-                tangents = SLOPES[activation](values[-1]) * product
-        weight, bias = parts[-2:]
-        ctx.activation, ctx.depth, ctx.traced, ctx.probes = activation, depth, traced, probes if unit else None
-        ctx.save_for_backward(*parts, *values, *products, *([probes] if traced and not unit else []))
-        return _linear(values[-1], weight) + bias, _last(tangents, weight, probes) if traced else None
+        layers = list(zip(parts[::2], parts[1::2], strict=True))
+        value, rows, kept = carry(activation, layers, z, probes)
+        ctx.activation, ctx.depth, ctx.traced = activation, len(layers), probes is not None
+        ctx.probes = None if isinstance(probes, Tensor) else probes
+        ctx.save_for_backward(*parts, *kept, *([probes] if isinstance(probes, Tensor) else []))
+        return value, rows
 
     @staticmethod
     def backward(ctx, g, g_rows):
-        depth, saved, traced = ctx.depth, ctx.saved_tensors, ctx.traced
+        saved, depth = ctx.saved_tensors, ctx.depth
         if torch.is_grad_enabled():  # it is to be differentiated once more
             return _by_autograd(ctx, saved, g, g_rows)
-        parts, values, rest = saved[: 2 * depth], saved[2 * depth : 3 * depth], saved[3 * depth :]
-        products, probes = rest[: depth - 1], rest[depth - 1 :]
-        multiple, which = BENDS[ctx.activation]
-        gradients: list[Tensor | None] = [None] * (2 * depth)
-        for k in reversed(range(depth)):  # g and g_rows are the gradients after layer k, then before it
-            weight, bias = parts[2 * k : 2 * k + 2]
-            if k:
-                slope = SLOPES[ctx.activation](values[k])
-            summed = traced and k == depth - 1 and ctx.probes == "trace"
-            if ctx.needs_input_grad[3 + 2 * k]:
-                g_weight = _outer(g, values[k])
-                if summed:
-                    g_weight += torch.stack([g_rows @ tangent for tangent in slope * products[k - 1]])
-                elif traced and k:
-                    g_weight += _outer(g_rows.flatten(0, 1), (slope * products[k - 1]).flatten(0, 1))
-                elif traced:
-                    g_weight += g_rows.sum(1).T if ctx.probes else _outer(g_rows.flatten(0, 1), probes[0].flatten(0, 1))
-                gradients[2 * k] = g_weight
-            if ctx.needs_input_grad[4 + 2 * k]:
-                gradients[2 * k + 1] = g if bias.dim() == 2 else g.sum(0)
-            if not k:
-                break
-            g = g @ weight
-            if traced:
-                if summed:
-                    g_rows = g_rows[:, None] * weight[:, None]
-                else:
-                    g_rows = (g_rows.flatten(0, 1) @ weight).unflatten(0, g_rows.shape[:2])
-                g_slope = g_rows[0] * products[k - 1][0]
-                for g_row, product in zip(g_rows[1:], products[k - 1][1:], strict=True):
-                    g_slope.addcmul_(g_row, product)
-                g.add_(g_slope).addcmul_(g_slope, (values[k], slope)[which], value=-multiple)
-                g_rows.mul_(slope)
-            g.mul_(slope)
-        return None, None, _linear(g, parts[0].T) if ctx.needs_input_grad[2] else None, *gradients
+        parts, probes, kept = saved[: 2 * depth], ctx.probes, saved[2 * depth :]
+        if probes is None and ctx.traced:
+            *kept, probes = kept
+        layers = list(zip(parts[::2], parts[1::2], strict=True))
+        wanted = zip(parts, ctx.needs_input_grad[3:], strict=True)
+        sums = [torch.zeros_like(part) if needed else None for part, needed in wanted]
+        g_z = pull(ctx.activation, layers, probes, kept, g, g_rows, sums, ctx.needs_input_grad[2])
+        return None, None, g_z, *sums
+
+
+def carry(
+    activation: str,
+    layers: Layers,
+    z: Tensor,
+    probes: Tensor | str | None,
+    form: Tensor | None = None,
+    take: Callable[[Tensor, tuple[int, ...]], Tensor] = Tensor.new_empty,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The network's value and products, and what :func:`pull` needs to go back.
+
+    Kept are the values, and the products before their slopes: slopes and tangents come from them in less time than
+    they would take to be fetched from memory, once a solve has more evaluations than the processor's cache holds.
+
+    Args:
+        activation, layers, z, probes: as in :func:`with_tangents`.
+        form: of :func:`trace_form`, by which the trace is found if it is given.
+        take: gives the memory for what is kept.
+    """
+    unit, carried = isinstance(probes, str), probes is not None and form is None
+    values, products, tangents = [z], [], probes
+    for k, (weight, bias) in enumerate(layers[:-1]):
+        room = take(z, (len(z), len(weight)))
+        values.append(VALUES[activation](torch.addmm(bias, values[-1], weight.T, out=room)))
+        if not carried:
+            continue
+        if k or not unit:
+            product = take(z, (*tangents.shape[:2], len(weight)))
+            torch.mm(tangents.flatten(0, 1), weight.T, out=product.flatten(0, 1))
+        else:  # the product with a unit vector is a column of the weight
+            product = weight.T.contiguous()[:, None]
+        products.append(product)
+        tangents = SLOPES[activation](values[-1]) * product
+    weight, bias = layers[-1]
+    out, kept = _linear(values[-1], weight) + bias, values + products
+    if form is not None:
+        return out, _traced_by(form, [SLOPES[activation](value) for value in values[1:]]), kept
+    return out, _last(tangents, weight, probes) if carried else None, kept
+
+
+def pull(
+    activation: str,
+    layers: Layers,
+    probes: Tensor | str | None,
+    kept: Sequence[Tensor],
+    g: Tensor,
+    g_rows: Tensor | None,
+    sums: Sequence[Tensor | None],
+    onwards: bool = True,
+    form: Tensor | None = None,
+) -> Tensor | None:
+    """The gradient in the points, from those in the value and the products; those in the layers are added to sums.
+
+    Args:
+        activation, layers, probes, form: as in :func:`carry`.
+        kept: what it kept.
+        g: the gradient in the value, shape ``(n, outputs)``.
+        g_rows: that in what comes beside it, of the same shape.
+        sums: one for each weight and bias, and for the form if there is one; None where no gradient is wanted.
+        onwards: whether the gradient in the points is.
+    """
+    depth, unit, carried = len(layers), isinstance(probes, str), probes is not None and form is None
+    values, products = kept[:depth], kept[depth:]
+    multiple, which = BENDS[activation]
+    if form is not None:
+        slopes = [SLOPES[activation](value) for value in values[1:]]
+        g_slopes, g_form = _form_pulled(form, slopes, g_rows)
+        if sums[-1] is not None:
+            sums[-1].add_(g_form)
+    for k in reversed(range(depth)):  # g and g_rows are the gradients after layer k, then before it
+        weight, bias = layers[k]
+        g_weight, g_bias = sums[2 * k : 2 * k + 2]
+        slope = None if not k else SLOPES[activation](values[k]) if form is None else slopes[k - 1]
+        summed = carried and k == depth - 1 and unit and probes == "trace"
+        if g_weight is not None:
+            _accumulate(g_weight, g, values[k])
+            if summed:
+                g_weight += g_rows @ (slope * products[k - 1])
+            elif carried and k:
+                _accumulate(g_weight, _matrix(g_rows), _matrix(slope * products[k - 1]))
+            elif unit and carried:
+                g_weight += g_rows.sum(1).T
+            elif carried:
+                _accumulate(g_weight, _matrix(g_rows), _matrix(probes))
+        if g_bias is not None:
+            g_bias += g if bias.dim() == 2 else g.sum(0)
+        if not k:
+            return _linear(g, weight.T) if onwards else None
+        g, g_slope = g @ weight, None
+        if carried:
+            if summed:
+                g_rows = g_rows[:, None] * weight[:, None]
+            else:
+                g_rows = torch.mm(_matrix(g_rows), weight).view(len(g_rows), *slope.shape)
+            g_slope = _sum_of_products(g_rows.unbind(), products[k - 1].unbind())
+            g_rows.mul_(slope)
+        elif form is not None:
+            g_slope = g_slopes[k - 1]
+        if g_slope is not None:
+            g.add_(g_slope).addcmul_(g_slope, (values[k], slope)[which], value=-multiple)
+        g.mul_(slope)
 
 
 def _by_autograd(ctx, saved, g, g_rows):
@@ -251,11 +325,28 @@ def _last(tangents: Tensor, weight: Tensor, probes: Tensor | str) -> Tensor:
     return trace
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x Wᵀ, computed transposed if it has few columns: with few on the outside it takes several times longer."""
-    return (weight @ x.T).T if len(weight) < 64 else x @ weight.T
+    if len(weight) < 64:
+        return torch.mm(weight, x.T, out=out if out is None else out.T).T
+    return torch.mm(x, weight.T, out=out)
 
 
-def _outer(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ x, computed transposed likewise."""
-    return (x.T @ g).T if x.shape[1] < g.shape[1] else g.T @ x
+def _matrix(rows: Tensor) -> Tensor:
+    """The rows of all products in one matrix."""
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    total = left[0] * right[0]
+    for k in range(1, len(left)):
+        total.addcmul_(left[k], right[k])
+    return total
+
+
+def _accumulate(total: Tensor, g: Tensor, x: Tensor) -> None:
+    """total += gᵀ x, computed transposed likewise."""
+    if x.shape[1] < g.shape[1]:
+        total.T.addmm_(x.T, g)
+    else:
+        total.addmm_(g.T, x)
