@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from cnfkit.ode.solve import Solve
-from cnfkit.ode.solvers import Counting, grid_steps, run, runge_kutta_step, stages, weighted, without_error
+from cnfkit.ode.solvers import Counting, grid_steps, run, stages, weighted, without_error
 from cnfkit.ode.statistics import Statistics
-from cnfkit.ode.tape import Tape
 
 
 class Backpropagated(torch.autograd.Function):
@@ -34,10 +33,10 @@ class Backpropagated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tape: Tape, stats: Statistics, start: float, end: float, solve: Solve, z, *tensors):
-        ctx.tape, ctx.way = tape, (start, end, solve)
+    def forward(ctx, dynamics: Counting, start: float, end: float, solve: Solve, z, *tensors):
+        ctx.tape, ctx.way = dynamics.dynamics, (start, end, solve)
         ctx.save_for_backward(z, *tensors)
-        return run(Counting(tape, stats), z, start, end, solve, 0)[:2]
+        return run(dynamics, z, start, end, solve, 0)[:2]
 
     @staticmethod
     def backward(ctx, g, g_total):
@@ -49,13 +48,13 @@ class Backpropagated(torch.autograd.Function):
                 dynamics = Counting(tape.plain, Statistics())
                 ends = run(dynamics, z, start, end, solve, 0)[:2]
             # the form of a trace is made of the weights, and what comes to it has come to them
-            needed = [*ctx.needs_input_grad[5:-1], ctx.needs_input_grad[-1] and tape.form is None]
+            needed = [*ctx.needs_input_grad[4:-1], ctx.needs_input_grad[-1] and tape.form is None]
             starts = [tensor for tensor, need in zip((z, *tensors), needed, strict=True) if need]
             options = {"create_graph": twice, "retain_graph": True, "materialize_grads": True}
             found = iter(torch.autograd.grad(ends, starts, (g, g_total), **options))
-            return *[None] * 5, *(next(found) if need else None for need in needed)
+            return *[None] * 4, *(next(found) if need else None for need in needed)
         tableau = without_error(solve.method)
-        sums, shares = tape.zeros(ctx.needs_input_grad[6:])
+        sums, shares = tape.zeros(ctx.needs_input_grad[5:])
         last = len(tape.kept)
         for _, h in reversed(grid_steps(solve, start, end)):
             pulled: list[Tensor] = []  # y, from the last stage to the first
@@ -66,7 +65,19 @@ class Backpropagated(torch.autograd.Function):
                 pulled.append(tape.pull(last, shares[last], g_velocity, h * tableau.b[i] * g_total))
             g = sum(pulled, g)
         tape.clear()
-        return *[None] * 5, g, *sums
+        return *[None] * 4, g, *sums
+
+
+def backpropagated(dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve) -> tuple[Tensor, Tensor]:
+    """The state at the end of a grid, and the integrals: gone back by hand where that is possible, else by autograd."""
+    if hasattr(dynamics.dynamics, "taped"):
+        tableau = without_error(solve.method)
+        times = [time for t, h in grid_steps(solve, start, end) for time in stages(tableau, t, h)]
+        tape = dynamics.dynamics.taped(torch.stack([z.new_full((), t) for t in times]), z)
+        if tape is not None:
+            counting = Counting(tape, dynamics.stats)
+            return Backpropagated.apply(counting, start, end, solve, z, *tape.tensors)
+    return run(dynamics, z, start, end, solve, 0)[:2]
 
 
 class Checkpointed(torch.autograd.Function):
@@ -78,29 +89,25 @@ class Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dynamics: Counting, start: float, end: float, solve: Solve, controlled: int, z, *parameters):
         value, total, path = run(dynamics, z, start, end, solve, controlled)
-        ctx.dynamics, ctx.method = dynamics, solve.method
+        ctx.dynamics, ctx.step = dynamics, solve.on((0, 1), solve.method)
         ctx.steps = [(t, h) for t, h, _ in path]
         ctx.save_for_backward(*parameters, *(begun for _, _, begun in path))
         return value, total
 
     @staticmethod
     def backward(ctx, g, g_total):
-        tableau = without_error(ctx.method)
         parameters, states = ctx.saved_tensors[: -len(ctx.steps)], ctx.saved_tensors[-len(ctx.steps) :]
-
-        def step(t: float, h: float, z: Tensor) -> tuple[Tensor, Tensor]:
-            evaluations = ctx.dynamics.at(stages(tableau, t, h), z)
-            return runge_kutta_step(evaluations, tableau, h, z)[:2]
-
         _refuse_twice("checkpoint")
+        dynamics = Counting(ctx.dynamics.dynamics, Statistics())
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         for (t, h), z in zip(reversed(ctx.steps), reversed(states), strict=True):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
-                ends = step(t, h, z)
+                ends = backpropagated(dynamics, z, t, t + h, ctx.step)
             g, *gradients = _gradients(ends, (g, g_total), (z, *parameters))
             for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient
+        ctx.dynamics.stats.backward_evaluations += dynamics.stats.evaluations
         return *[None] * 5, g, *sums
 
 

@@ -7,21 +7,10 @@ import torchdiffeq
 from torch import Tensor
 
 from cnfkit.arguments import concrete
-from cnfkit.ode.gradients import Adjoint, Backpropagated, Checkpointed
+from cnfkit.ode.gradients import Adjoint, Checkpointed, backpropagated
 from cnfkit.ode.solve import Solve, adapts
-from cnfkit.ode.solvers import (
-    Counting,
-    Dynamics,
-    finite,
-    grid_steps,
-    largest,
-    not_finite,
-    run,
-    stages,
-    without_error,
-)
+from cnfkit.ode.solvers import Counting, Dynamics, finite, largest, not_finite, run
 from cnfkit.ode.statistics import SolveError, Statistics
-from cnfkit.ode.tape import Tape
 
 
 def integrate(
@@ -66,25 +55,15 @@ def integrate(
             )
     if solve.method.startswith("torchdiffeq:"):
         z, integrals = _by_torchdiffeq(counting, z, start, end, solve, rates, controlled, parameters)
-    elif (tape := _taped(dynamics, z, start, end, solve)) is not None:
-        z, integrals = Backpropagated.apply(tape, stats, start, end, solve, z, *tape.tensors)
-    elif solve.gradient == "backprop" or not torch.is_grad_enabled():
+    elif not torch.is_grad_enabled() or (solve.gradient == "backprop" and solve.times is None):
         z, integrals, _ = run(counting, z, start, end, solve, controlled)
+    elif solve.gradient == "backprop":
+        z, integrals = backpropagated(counting, z, start, end, solve)
     else:
         kind = Checkpointed if solve.gradient == "checkpoint" else Adjoint
         z, integrals = kind.apply(counting, start, end, solve, controlled, z, *parameters)
     counting.forward = False
     return z, integrals, stats
-
-
-def _taped(dynamics: Dynamics, z: Tensor, start: float, end: float, solve: Solve) -> Tape | None:
-    """The dynamics that is differentiated by hand, if there is one, on a grid."""
-    on_grid = solve.times is not None and solve.gradient == "backprop" and torch.is_grad_enabled()
-    if not on_grid or not hasattr(dynamics, "taped"):
-        return None
-    tableau = without_error(solve.method)
-    times = [time for t, h in grid_steps(solve, start, end) for time in stages(tableau, t, h)]
-    return dynamics.taped(torch.stack([z.new_full((), t) for t in times]), z)
 
 
 def _by_torchdiffeq(

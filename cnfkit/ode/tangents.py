@@ -8,6 +8,7 @@ With :math:`h_0 = z`, :math:`a_l = W_l h_{l-1} + b_l`, :math:`h_l = \sigma(a_l)`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,34 @@ def _inferred(activation: str, layers: Layers, z: Tensor, probes: Tensor | str |
             tangents = _linear(probes.flatten(0, 1), weight).unflatten(0, probes.shape[:2])
         tangents = SLOPES[activation](z) * tangents
     weight, bias = layers[-1]
-    return _linear(z, weight) + bias, None if probes is None else _last(tangents, weight, probes)
+    return _linear(z, weight) + bias, None if probes is None else _last(Rows(tangents), weight, probes)
+
+
+class Rows:
+    """A tensor of shape ``(k, n, features)``, as a whole, as one matrix, and one by one: a view takes time to make."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    @cached_property
+    def flat(self) -> Tensor:
+        return self.whole.reshape(-1, self.whole.shape[-1])
+
+    @cached_property
+    def each(self) -> tuple[Tensor, ...]:
+        return self.whole.unbind()
+
+
+class Memory:
+    """Room for what is kept until the backward pass, and for what is used at once."""
+
+    def kept(self, like: Tensor, shape: tuple[int, ...]) -> Rows:
+        """Room of a shape, with the dtype and the device of a tensor, of any content."""
+        return Rows(like.new_empty(shape))
+
+    def scratch(self, which: int, like: Tensor, shape: tuple[int, ...]) -> Rows:
+        """The same, until the next of this number and shape is taken."""
+        return Rows(like.new_empty(shape))
 
 
 class _Tangents(torch.autograd.Function):
@@ -178,7 +206,8 @@ class _Tangents(torch.autograd.Function):
     @staticmethod
     def forward(ctx, activation, probes, z, *parts):
         layers = list(zip(parts[::2], parts[1::2], strict=True))
-        value, rows, kept = carry(activation, layers, z, probes)
+        value, rows, values, products = carry(activation, layers, z, probes)
+        kept = values + [product.whole for product in products]
         ctx.activation, ctx.depth, ctx.traced = activation, len(layers), probes is not None
         ctx.probes = None if isinstance(probes, Tensor) else probes
         ctx.save_for_backward(*parts, *kept, *([probes] if isinstance(probes, Tensor) else []))
@@ -195,7 +224,8 @@ class _Tangents(torch.autograd.Function):
         layers = list(zip(parts[::2], parts[1::2], strict=True))
         wanted = zip(parts, ctx.needs_input_grad[3:], strict=True)
         sums = [torch.zeros_like(part) if needed else None for part, needed in wanted]
-        g_z = pull(ctx.activation, layers, probes, kept, g, g_rows, sums, ctx.needs_input_grad[2])
+        values, products = kept[:depth], [Rows(product) for product in kept[depth:]]
+        g_z = pull(ctx.activation, layers, probes, values, products, g, g_rows, sums, ctx.needs_input_grad[2])
         return None, None, g_z, *sums
 
 
@@ -205,8 +235,8 @@ def carry(
     z: Tensor,
     probes: Tensor | str | None,
     form: Tensor | None = None,
-    take: Callable[[Tensor, tuple[int, ...]], Tensor] = Tensor.new_empty,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    memory: Memory | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[Rows]]:
     """The network's value and products, and what :func:`pull` needs to go back.
 
     Kept are the values, and the products before their slopes: slopes and tangents come from them in less time than
@@ -215,52 +245,63 @@ def carry(
     Args:
         activation, layers, z, probes: as in :func:`with_tangents`.
         form: of :func:`trace_form`, by which the trace is found if it is given.
-        take: gives the memory for what is kept.
+        memory: where what is kept is; new memory unless given.
+
+    Returns:
+        The value, the products or the trace, and what is kept: the values and the products of all layers but the last.
     """
+    memory = memory or Memory()
     unit, carried = isinstance(probes, str), probes is not None and form is None
-    values, products, tangents = [z], [], probes
-    for k, (weight, bias) in enumerate(layers[:-1]):
-        room = take(z, (len(z), len(weight)))
-        values.append(VALUES[activation](torch.addmm(bias, values[-1], weight.T, out=room)))
+    values, products, tangents = [z], [], Rows(probes) if carried and not unit else None
+    for weight, bias in layers[:-1]:
+        room, across = memory.kept(z, (len(z), len(weight))).whole, weight.T
+        values.append(VALUES[activation](torch.addmm(bias, values[-1], across, out=room)))
         if not carried:
             continue
-        if k or not unit:
-            product = take(z, (*tangents.shape[:2], len(weight)))
-            torch.mm(tangents.flatten(0, 1), weight.T, out=product.flatten(0, 1))
-        else:  # the product with a unit vector is a column of the weight
-            product = weight.T.contiguous()[:, None]
+        if tangents is None:  # the product with a unit vector is a column of the weight
+            product = Rows(across.contiguous()[:, None])
+        else:
+            product = memory.kept(z, (len(tangents.whole), len(z), len(weight)))
+            torch.mm(tangents.flat, across, out=product.flat)
         products.append(product)
-        tangents = SLOPES[activation](values[-1]) * product
+        tangents = memory.scratch(0, z, (len(product.whole), len(z), len(weight)))
+        torch.mul(SLOPES[activation](values[-1]), product.whole, out=tangents.whole)
     weight, bias = layers[-1]
-    out, kept = _linear(values[-1], weight) + bias, values + products
+    out, rows = _linear(values[-1], weight) + bias, None
     if form is not None:
-        return out, _traced_by(form, [SLOPES[activation](value) for value in values[1:]]), kept
-    return out, _last(tangents, weight, probes) if carried else None, kept
+        rows = _traced_by(form, [SLOPES[activation](value) for value in values[1:]])
+    elif carried:
+        rows = _last(tangents, weight, probes)
+    return out, rows, values, products
 
 
 def pull(
     activation: str,
     layers: Layers,
     probes: Tensor | str | None,
-    kept: Sequence[Tensor],
+    values: Sequence[Tensor],
+    products: Sequence[Rows],
     g: Tensor,
     g_rows: Tensor | None,
     sums: Sequence[Tensor | None],
     onwards: bool = True,
     form: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor | None:
-    """The gradient in the points, from those in the value and the products; those in the layers are added to sums.
+    """The gradient in the points, from those in the value and the products; those in the layers go to sums.
 
     Args:
         activation, layers, probes, form: as in :func:`carry`.
-        kept: what it kept.
+        values, products: what it kept.
         g: the gradient in the value, shape ``(n, outputs)``.
         g_rows: that in what comes beside it, of the same shape.
-        sums: one for each weight and bias, and for the form if there is one; None where no gradient is wanted.
+        sums: one for each weight, to add to, and bias, to set, and last for the form if there is one, to add to; None
+            where no gradient is wanted.
         onwards: whether the gradient in the points is.
+        memory: what lends room for the time of the call.
     """
+    memory = memory or Memory()
     depth, unit, carried = len(layers), isinstance(probes, str), probes is not None and form is None
-    values, products = kept[:depth], kept[depth:]
     multiple, which = BENDS[activation]
     if form is not None:
         slopes = [SLOPES[activation](value) for value in values[1:]]
@@ -272,28 +313,39 @@ def pull(
         g_weight, g_bias = sums[2 * k : 2 * k + 2]
         slope = None if not k else SLOPES[activation](values[k]) if form is None else slopes[k - 1]
         summed = carried and k == depth - 1 and unit and probes == "trace"
+        if carried and k:
+            product = products[k - 1]
+            shape = (len(product.whole), *slope.shape)
+        if carried and k == depth - 1 and not summed:
+            g_rows = Rows(g_rows)
         if g_weight is not None:
             _accumulate(g_weight, g, values[k])
+            if carried and k:
+                tangents = memory.scratch(0, g, shape)
+                torch.mul(slope, product.whole, out=tangents.whole)
             if summed:
-                g_weight += g_rows @ (slope * products[k - 1])
+                g_weight += g_rows @ tangents.whole
             elif carried and k:
-                _accumulate(g_weight, _matrix(g_rows), _matrix(slope * products[k - 1]))
+                _accumulate(g_weight, g_rows.flat, tangents.flat)
             elif unit and carried:
-                g_weight += g_rows.sum(1).T
+                g_weight += g_rows.whole.sum(1).T
             elif carried:
-                _accumulate(g_weight, _matrix(g_rows), _matrix(probes))
-        if g_bias is not None:
-            g_bias += g if bias.dim() == 2 else g.sum(0)
+                _accumulate(g_weight, g_rows.flat, probes.flatten(0, 1))
+        if g_bias is not None and bias.dim() == 1:
+            torch.sum(g, 0, out=g_bias)
+        elif g_bias is not None:
+            g_bias.copy_(g)
         if not k:
             return _linear(g, weight.T) if onwards else None
         g, g_slope = g @ weight, None
         if carried:
+            after, g_rows = g_rows, memory.scratch(1 + k % 2, g, shape)
             if summed:
-                g_rows = g_rows[:, None] * weight[:, None]
+                torch.mul(after[:, None], weight[:, None], out=g_rows.whole)
             else:
-                g_rows = torch.mm(_matrix(g_rows), weight).view(len(g_rows), *slope.shape)
-            g_slope = _sum_of_products(g_rows.unbind(), products[k - 1].unbind())
-            g_rows.mul_(slope)
+                torch.mm(after.flat, weight, out=g_rows.flat)
+            g_slope = _sum_of_products(g_rows.each, product.each)
+            g_rows.whole.mul_(slope)
         elif form is not None:
             g_slope = g_slopes[k - 1]
         if g_slope is not None:
@@ -315,13 +367,14 @@ def _by_autograd(ctx, saved, g, g_rows):
     return None, None, *(part if needed else None for part, needed in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
-def _last(tangents: Tensor, weight: Tensor, probes: Tensor | str) -> Tensor:
+def _last(tangents: Rows, weight: Tensor, probes: Tensor | str) -> Tensor:
     """The products with the Jacobian, or its trace, from the tangents that meet the last weight."""
     if not isinstance(probes, str) or probes == "unit":
-        return _linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2])
-    trace = tangents[0] @ weight[0]
-    for tangent, row in zip(tangents[1:], weight[1:], strict=True):
-        trace.addmv_(tangent, row)
+        return _linear(tangents.flat, weight).unflatten(0, tangents.whole.shape[:2])
+    rows = weight.unbind()
+    trace = tangents.each[0] @ rows[0]
+    for k in range(1, len(rows)):
+        trace.addmv_(tangents.each[k], rows[k])
     return trace
 
 
@@ -330,11 +383,6 @@ def _linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     if len(weight) < 64:
         return torch.mm(weight, x.T, out=out if out is None else out.T).T
     return torch.mm(x, weight.T, out=out)
-
-
-def _matrix(rows: Tensor) -> Tensor:
-    """The rows of all products in one matrix."""
-    return rows.reshape(-1, rows.shape[-1])
 
 
 def _sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -11,38 +12,47 @@ from torch import Tensor, nn
 
 from cnfkit.ode.divergence import divergence_pulled
 from cnfkit.ode.energies import PULLED, Visit
-from cnfkit.ode.tangents import carry, pull
+from cnfkit.ode.tangents import Memory, Rows, carry, pull
 
 if TYPE_CHECKING:
     from cnfkit.ode.cnf import Dynamics
     from cnfkit.ode.fields import MLPMoment
 
 
-class Arena:
+class Arena(Memory):
     """Memory that one solve after another keeps its evaluations in.
 
     Fresh memory comes from the operating system page by page, at the first touch: on a CPU that took a fourth of a
     training iteration.
     """
 
-    def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
-        self.used = 0
+    SPARE = 2**28  # bytes that the last solve had no use for, which are kept nevertheless
 
-    def take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a shape, with the dtype and the device of another, of any content."""
-        if self.used == len(self.blocks):
-            self.blocks.append(like.new_empty(shape))
-        block = self.blocks[self.used]
-        if block.shape != shape or block.dtype != like.dtype or block.device != like.device:
-            block = self.blocks[self.used] = like.new_empty(shape)
-        self.used += 1
-        return block
+    def __init__(self) -> None:
+        self.blocks: dict[tuple, list[Rows]] = {}
+        self.used: Counter[tuple] = Counter()
+
+    def kept(self, like: Tensor, shape: tuple[int, ...]) -> Rows:
+        return self._block((shape, like.dtype), like)
+
+    def scratch(self, which: int, like: Tensor, shape: tuple[int, ...]) -> Rows:
+        key = shape, like.dtype, which
+        self.used[key] = 0
+        return self._block(key, like)
+
+    def _block(self, key: tuple, like: Tensor) -> Rows:
+        blocks, k = self.blocks.setdefault(key, []), self.used[key]
+        if k == len(blocks):
+            blocks.append(Rows(like.new_empty(key[0])))
+        self.used[key] += 1
+        return blocks[k]
 
     def reset(self) -> None:
-        """Make all that was taken free, and let go what was not."""
-        del self.blocks[self.used :]
-        self.used = 0
+        """Make all that was taken free, and let go what was not if it is much."""
+        spare = [block.whole for key, blocks in self.blocks.items() for block in blocks[self.used[key] :]]
+        if sum(block.nbytes for block in spare) > self.SPARE:
+            self.blocks = {key: blocks[: self.used[key]] for key, blocks in self.blocks.items() if self.used[key]}
+        self.used.clear()
 
 
 # Of each field, that of its last solve, while no other solve has it. It goes when the field does.
@@ -77,7 +87,8 @@ class Tape:
         self.form = self.network.form() if self.carried == "trace" else None
         self.tensors = (*self.network.parts, *([] if self.form is None else [self.form]))
         self.kept: list[tuple] | None = []
-        self.arena = _FREE.pop(dynamics.field, None) or Arena()
+        on_cpu = self.tensors[0].device.type == "cpu"  # elsewhere PyTorch keeps memory for the next who asks
+        self.memory = (_FREE.pop(dynamics.field, None) or Arena()) if on_cpu else Memory()
 
     def at(self, times: Tensor) -> list:
         """The dynamics at the times of the grid, as functions of the state."""
@@ -87,8 +98,7 @@ class Tape:
         moment, carried, form = self.moments[k], None, None
         if rated:
             carried, form = self.carried, None if self.form is None else moment.form()
-        take = self.arena.take if z.device.type == "cpu" else Tensor.new_empty
-        v, rows, kept = carry(self.network.activation, moment.layers, z, carried, form, take)
+        v, rows, *kept = carry(self.network.activation, moment.layers, z, carried, form, self.memory)
         if not rated:
             self.kept.append((None, carried, form, kept))
             return v, None
@@ -114,10 +124,13 @@ class Tape:
                 g_rows = divergence_pulled(g_rates[:traces], visit.products, visit.probes)
             for name, g in zip(self.dynamics.solve.energies, g_rates[traces:], strict=True):
                 g_v, g_rows = PULLED[name](visit, g / self.dynamics.dimensions, g_v, g_rows)
-        return pull(self.network.activation, self.moments[k].layers, carried, kept, g_v, g_rows, sums, True, form)
+        activation, layers = self.network.activation, self.moments[k].layers
+        return pull(activation, layers, carried, *kept, g_v, g_rows, sums, True, form, self.memory)
 
     def clear(self) -> None:
         """Forget what was kept; the memory is the next solve's."""
         self.kept = None
-        self.arena.reset()
-        _FREE[self.dynamics.field], self.arena = self.arena, None
+        if isinstance(self.memory, Arena):
+            self.memory.reset()
+            _FREE[self.dynamics.field] = self.memory
+        self.memory = None
