@@ -704,3 +704,22 @@ def test_nothing_is_kept_where_nothing_is_learnt():
     free = len(tape._FREE)
     assert not flow(normal(3, 2), solve=Solve(times=(0, 1))).logdet.requires_grad
     assert len(tape._FREE) == free
+
+
+class Swinging(nn.Module):
+    """At rest at 0, where its divergence and the gradient of that swing all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones((), dtype=D))
+
+    def forward(self, t, z):
+        return self.theta * torch.cos(30 * t) * z
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+def test_the_adjoint_controls_what_it_gathers(tolerance):
+    flow = CNF(Swinging(), 1)
+    logdet = flow(torch.zeros(3, 1, dtype=D), solve=Solve(tolerance=tolerance, gradient="adjoint")).logdet
+    (found,) = torch.autograd.grad(logdet.sum(), [flow.field.theta])
+    assert abs(found.item() / 3 - math.sin(30) / 30) < 2 * tolerance

@@ -127,8 +127,9 @@ class Adjoint(torch.autograd.Function):
         \frac{\partial L}{\partial \theta} = \int_{t_0}^{t_1} \left( \frac{\partial v}{\partial \theta} \right)^{\!\top}
         a + \left( \frac{\partial r}{\partial \theta} \right)^{\!\top} g \, \mathrm dt
 
-    The state goes back along, from its end. Source: Pontryagin et al., 1962; Chen et al., *Neural ordinary differential
-    equations*, section 2.
+    The state goes back along, from its end. The steps of an adaptive solver are chosen so that all three are within its
+    tolerance: the last can be hard where the others rest. Source: Pontryagin et al., 1962; Chen et al., *Neural ordinary
+    differential equations*, section 2.
     """
 
     @staticmethod
@@ -153,13 +154,12 @@ class Adjoint(torch.autograd.Function):
                 v, rates = ctx.dynamics.dynamics(t, z)
             g_z, *g_parameters = _gradients((v, rates), (a, g_total), (z, *parameters))
             flat = [gradient.flatten() for gradient in g_parameters]
-            # the state goes back with its adjoint; what accumulates on the way is no part of the steps' error
             return torch.stack([v.detach(), -g_z]), torch.cat([z.new_zeros(0), *flat])
 
         back, (start, end) = Counting(augmented, Statistics()), ctx.interval
-        state, total, _ = run(back, torch.stack([value, g]), end, start, ctx.solve, 0)
-        ctx.dynamics.stats.backward_evaluations += back.stats.evaluations
         sizes = [parameter.numel() for parameter in parameters]
+        state, total, _ = run(back, torch.stack([value, g]), end, start, ctx.solve, sum(sizes))
+        ctx.dynamics.stats.backward_evaluations += back.stats.evaluations
         sums = [-part.view_as(parameter) for part, parameter in zip(total.split(sizes), parameters, strict=True)]
         return *[None] * 5, size * state[1], *(size * part for part in sums)
 

@@ -216,7 +216,10 @@ def _scaled(parts: list[tuple[Tensor, Tensor]], tolerance: float) -> float:
 def _error(errors, z, new, total, integral, tolerance, controlled) -> float:
     velocity, rate = errors
     size = total[:controlled].abs().maximum((total + integral)[:controlled].abs())
-    return _scaled([(velocity, z.abs().maximum(new.abs())), (rate[:controlled], size)], tolerance)
+    parts = [(velocity, z.abs().maximum(new.abs())), (rate[:controlled], size)]
+    if rate.dim() == 1:  # the gradients that an adjoint gathers: in one mean they would drown the points
+        return max(_scaled([part], tolerance) for part in parts if part[0].numel())
+    return _scaled(parts, tolerance)
 
 
 @torch.no_grad()
