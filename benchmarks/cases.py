@@ -24,13 +24,17 @@ import cnfkit as ck
 
 @torch.no_grad()
 def evaluation(scale: Scale, below: float = 1e-4) -> dict:
-    """Log-densities, and samples, to one error, for everybody by the largest tolerance that reaches it."""
+    """Log-densities, and samples, to one error, for everybody by the largest tolerance or the fewest steps."""
     x = points(scale.points, seed=6)
     z = torch.randn(scale.points, 2, generator=torch.Generator().manual_seed(7))
     results: dict = {}
     for name in scale.fields:
         flow = trained_flow(name)
         plain = PlainField(flow.bijection.field)
+        grids = {
+            "cnfkit, rk6, uniform grid": Ours(flow, method="rk6"),
+            "torchdiffeq, rk4, uniform grid": Torchdiffeq(plain, method="rk4"),
+        }
         libraries = {
             "cnfkit": Ours(flow),
             "zuko": Zuko(plain),
@@ -38,15 +42,15 @@ def evaluation(scale: Scale, below: float = 1e-4) -> dict:
             "torchdyn, tsit5": Torchdyn(plain, solver="tsit5"),
             "torchdiffeq": Torchdiffeq(plain),
         }
-        require_agreement(libraries, plain)
+        require_agreement(libraries | grids, plain)
         results[name] = {}
         for what, of in (("log_prob", x), ("sample", z)):
             truth = getattr(judge(plain), what)(of[: scale.judged].double(), scale.tight)
             found, runs = {}, {}
-            for key, library in libraries.items():
-                call = getattr(library, what)
+            for key, library in (libraries | grids).items():
+                call, settings = getattr(library, what), scale.grids if key in grids else scale.tolerances
                 error = lambda s, call=call, of=of, truth=truth: mean_distance(call(of, s), truth)  # noqa: E731
-                if hit := cheapest(scale.tolerances, error, below):
+                if hit := cheapest(settings, error, below):
                     found[key], runs[key] = hit, partial(call, of, hit[0])
             with threads(scale.threads[0]):
                 taken = scale.time(runs)
@@ -135,17 +139,14 @@ def scaling(scale: Scale, steps: int = 4) -> dict:
 
 def memory(scale: Scale) -> dict:
     """The peak memory of a training iteration against the steps, for each way to differentiate."""
-    flow, x = trained_flow("rnode"), points(scale.batch, seed=3)
-    parameters = list(flow.parameters())
+    x = points(scale.batch, seed=3)
 
     def measured(gradient: str, steps: int) -> int:
         solve = ck.Solve(method="rk4", times=ck.uniform_grid(steps), gradient=gradient)
-        run = iteration(lambda: -flow.log_prob(x, solve=solve).mean(), parameters)
 
         def run_and_forget() -> None:
-            run()
-            for parameter in parameters:
-                parameter.grad = None
+            flow = trained_flow("rnode")  # anew: a field holds on to the memory of its last solve
+            iteration(lambda: -flow.log_prob(x, solve=solve).mean(), flow.parameters())()
 
         return peak_memory(run_and_forget)
 

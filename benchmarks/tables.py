@@ -131,7 +131,7 @@ def evaluation(results: dict) -> list[Table]:
                 [row["name"], setting(row["setting"]), number(row["error"]), spread(row), times(best / row["ms"])]
                 for row in rows
             ]
-            headings = ("", "tolerance", "error", "ms", "best peer's time over it")
+            headings = ("", "setting", "error", "ms", "best peer's time over it")
             tables.append(Table(f"{n} {what}, the field {FIELDS[field]}", headings, lines))
     return tables
 

@@ -128,8 +128,8 @@ class Adjoint(torch.autograd.Function):
         a + \left( \frac{\partial r}{\partial \theta} \right)^{\!\top} g \, \mathrm dt
 
     The state goes back along, from its end. The steps of an adaptive solver are chosen so that all three are within its
-    tolerance: the last can be hard where the others rest. Source: Pontryagin et al., 1962; Chen et al., *Neural ordinary
-    differential equations*, section 2.
+    tolerance: the last can be hard where the others rest. Sources: Pontryagin et al., 1962; Chen et al., *Neural
+    ordinary differential equations*, section 2.
     """
 
     @staticmethod
