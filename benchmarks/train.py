@@ -30,7 +30,7 @@ import cnfkit as ck
 TARGETS = {"pinwheel": 2.30, "eight_gaussians": 2.95, "two_moons": 1.20}
 SEEDS = (0, 1, 2)
 STEPS, BATCH, RATE = 400, 512, 1e-2
-CAP, TOLERANCE = 300.0, 1e-6
+CAP, TOLERANCE = 200.0, 1e-6
 
 
 class Finished(Exception):

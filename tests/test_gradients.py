@@ -723,3 +723,13 @@ def test_the_adjoint_controls_what_it_gathers(tolerance):
     logdet = flow(torch.zeros(3, 1, dtype=D), solve=Solve(tolerance=tolerance, gradient="adjoint")).logdet
     (found,) = torch.autograd.grad(logdet.sum(), [flow.field.theta])
     assert abs(found.item() / 3 - math.sin(30) / 30) < 2 * tolerance
+
+
+@pytest.mark.parametrize("solve", [Solve(times=(0, 1)), Solve(tolerance=1e-3)], ids=["grid", "chosen"])
+def test_autocast_does_not_reach_the_way_back(solve):
+    flow, x = flow_of(hidden=(5, 4, 3), time="concat").float(), normal(3, 2, dtype=torch.float32)
+    truth = torch.autograd.grad(flow(x, solve=solve).logdet.sum(), list(flow.parameters()))
+    logdet = flow(x, solve=solve).logdet
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(logdet.sum(), list(flow.parameters()))
+    torch.testing.assert_close(found, truth, rtol=0, atol=0)

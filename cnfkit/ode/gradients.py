@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cnfkit.arguments import full_precision
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.solvers import Counting, grid_steps, run, stages, weighted, without_error
 from cnfkit.ode.statistics import Statistics
+from cnfkit.ode.tape import Tape
 
 
 class Backpropagated(torch.autograd.Function):
@@ -53,19 +55,24 @@ class Backpropagated(torch.autograd.Function):
             options = {"create_graph": twice, "retain_graph": True, "materialize_grads": True}
             found = iter(torch.autograd.grad(ends, starts, (g, g_total), **options))
             return *[None] * 4, *(next(found) if need else None for need in needed)
-        tableau = without_error(solve.method)
-        sums, shares = tape.zeros(ctx.needs_input_grad[5:])
-        last = len(tape.kept)
-        for _, h in reversed(grid_steps(solve, start, end)):
-            pulled: list[Tensor] = []  # y, from the last stage to the first
-            for i in reversed(range(len(tableau.b))):
-                last -= 1
-                after = [row[i] for row in reversed(tableau.a[i:])]
-                g_velocity = weighted(h, [tableau.b[i], *after], [g, *pulled])
-                pulled.append(tape.pull(last, shares[last], g_velocity, h * tableau.b[i] * g_total))
-            g = sum(pulled, g)
-        tape.clear()
-        return *[None] * 4, g, *sums
+        with full_precision(g):
+            return *[None] * 4, *_back_by_hand(tape, start, end, solve, g, g_total, ctx.needs_input_grad[5:])
+
+
+def _back_by_hand(tape: Tape, start: float, end: float, solve: Solve, g: Tensor, g_total: Tensor, wanted) -> tuple:
+    """The gradients in the points and in the tape's tensors."""
+    tableau, k = without_error(solve.method), len(tape.kept)
+    sums, shares = tape.zeros(wanted)
+    for _, h in reversed(grid_steps(solve, start, end)):
+        pulled: list[Tensor] = []  # y, from the last stage to the first
+        for i in reversed(range(len(tableau.b))):
+            k -= 1
+            after = [row[i] for row in reversed(tableau.a[i:])]
+            g_velocity = weighted(h, [tableau.b[i], *after], [g, *pulled])
+            pulled.append(tape.pull(k, shares[k], g_velocity, h * tableau.b[i] * g_total))
+        g = sum(pulled, g)
+    tape.clear()
+    return g, *sums
 
 
 def backpropagated(dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve) -> tuple[Tensor, Tensor]:

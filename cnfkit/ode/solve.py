@@ -45,7 +45,8 @@ class Solve:
         tolerance: the error tolerance of an adaptive solver; 1e-5 unless ``times`` or ``tolerance`` is given.
         control_logdet: whether the log-determinant counts among the numbers; unless given, it does when the trace is
             exact, and does not with Hutchinson, where the steps would depend on the noise.
-        gradient: how the solve is differentiated: ``"backprop"``; ``"checkpoint"``, the same with one state a step in
+        gradient: how the solve is differentiated: ``"backprop"``, which on a grid leaves its memory to the next solve
+            of the same :class:`cnfkit.MLPField`; ``"checkpoint"``, the same with one state a step in
             memory, for a second evaluation of a field that must be deterministic; ``"adjoint"``, by a second solve
             backwards, our own or torchdiffeq's with its solvers. The last two differentiate once, with respect to the
             points, the context and the field's parameters, and nothing else that the field may hold.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnfkit.arguments import by_hand
+from cnfkit.arguments import by_hand, full_precision
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 
@@ -225,7 +225,8 @@ class _Tangents(torch.autograd.Function):
         wanted = zip(parts, ctx.needs_input_grad[3:], strict=True)
         sums = [torch.zeros_like(part) if needed else None for part, needed in wanted]
         values, products = kept[:depth], [Rows(product) for product in kept[depth:]]
-        g_z = pull(ctx.activation, layers, probes, values, products, g, g_rows, sums, ctx.needs_input_grad[2])
+        with full_precision(g):
+            g_z = pull(ctx.activation, layers, probes, values, products, g, g_rows, sums, ctx.needs_input_grad[2])
         return None, None, g_z, *sums
 
 
