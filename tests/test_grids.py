@@ -97,7 +97,7 @@ def test_a_frozen_grid_is_that_of_an_adaptive_solve():
             _, result = flow.log_prob_and_result(batch[:10], solve=Solve(tolerance=1e-3))
         seen.append(solve.times)
         expected.append(result.stats[0].times)
-        assert (solve.method, solve.tolerance) == ("dopri5", None)
+        assert (solve.method, solve.tolerance) == ("rk6", None)
     assert seen == [expected[k // 3 * 3] for k in range(7)] and grid.served == 7
     assert len(set(seen)) == 3 and len(seen[-1]) > 2
 
