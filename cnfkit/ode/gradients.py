@@ -82,7 +82,7 @@ def backpropagated(dynamics: Counting, z: Tensor, start: float, end: float, solv
         times = [time for t, h in grid_steps(solve, start, end) for time in stages(tableau, t, h)]
         tape = dynamics.dynamics.taped(torch.stack([z.new_full((), t) for t in times]), z)
         if tape is not None:
-            counting = Counting(tape, dynamics.stats)
+            counting = Counting(tape, dynamics.stats, dynamics.watched)
             return Backpropagated.apply(counting, start, end, solve, z, *tape.tensors)
     return run(dynamics, z, start, end, solve, 0)[:2]
 
@@ -105,7 +105,7 @@ class Checkpointed(torch.autograd.Function):
     def backward(ctx, g, g_total):
         parameters, states = ctx.saved_tensors[: -len(ctx.steps)], ctx.saved_tensors[-len(ctx.steps) :]
         _refuse_twice("checkpoint")
-        dynamics = Counting(ctx.dynamics.dynamics, Statistics())
+        dynamics = Counting(ctx.dynamics.dynamics, Statistics(), watched=False)  # it has been, there
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         for (t, h), z in zip(reversed(ctx.steps), reversed(states), strict=True):
             with torch.enable_grad():

@@ -25,10 +25,16 @@ Path = list[tuple[float, float, Tensor]]
 
 
 class Counting:
-    """A dynamics whose evaluations are counted; what is evaluated after the solve belongs to the backward pass."""
+    """A dynamics whose evaluations are counted; what is evaluated after the solve belongs to the backward pass.
 
-    def __init__(self, dynamics: Dynamics, stats: Statistics) -> None:
-        self.dynamics, self.stats, self.forward = dynamics, stats, True
+    Args:
+        dynamics: the dynamics.
+        stats: where they are counted.
+        watched: whether the end of a grid is searched for numbers that are not finite: a device must be waited for.
+    """
+
+    def __init__(self, dynamics: Dynamics, stats: Statistics, watched: bool = True) -> None:
+        self.dynamics, self.stats, self.watched, self.forward = dynamics, stats, watched, True
 
     def at(self, times: Sequence[float], z: Tensor) -> list[Evaluation]:
         """The dynamics at some times, as functions ``(z, rated) -> (v, rates)``; without rates where they are not used.
@@ -135,7 +141,7 @@ def _on_grid(dynamics: Counting, z: Tensor, start: float, end: float, solve: Sol
         integrals.append(integral)
     total = torch.stack(integrals).sum(0)
     dynamics.stats.accepted, dynamics.stats.times = len(steps), solve.times
-    if concrete(z) and not finite(z, total):
+    if dynamics.watched and concrete(z) and not finite(z, total):
         # a look at every step would slow down all the solves that go well
         states = [(t, begun) for t, _, begun in path] + [(end, z)]
         bad = next(
