@@ -165,26 +165,29 @@ class Dynamics:
 
     def at(self, times: Tensor) -> list:
         """The dynamics at some times, as functions of the state."""
-        return self.evaluations(moments(self.field, times, self.context))
+        return self.evaluations(self.moments(times))
 
     def __call__(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         (evaluate,) = self.at(t[None])
         return evaluate(z)
 
+    def moments(self, times: Tensor) -> list[Moment]:
+        """The field at some times."""
+        return moments(self.field, times, self.context)
+
     def evaluations(self, found: list[Moment]) -> list:
         """The dynamics at some moments, as functions of the state."""
         return [partial(self._evaluate, moment) for moment in found]
 
-    def taped(self, times: Tensor, z: Tensor) -> Tape | None:
-        """The dynamics at the times of a grid, differentiated by hand; None where there is no such way."""
+    def taped(self, found: list[Moment], z: Tensor) -> Tape | None:
+        """The dynamics at the moments of a grid, differentiated by hand; None where there is no such way."""
         twice = "jacobian_energy" in self.solve.energies and self.solve.trace == "exact" and self.probes is not None
         if twice or not by_hand(z) or not set(self.solve.energies) <= set(PULLED):
             return None
-        found = moments(self.field, times, self.context)
         if not all(type(moment) is MLPMoment for moment in found):
             return None
-        tape = Tape(self, found)
-        return tape if z.requires_grad or any(tensor.requires_grad for tensor in tape.tensors) else None
+        learnt = z.requires_grad or any(part.requires_grad for part in found[0].network.parts)
+        return Tape(self, found) if learnt else None
 
     def carried(self) -> Tensor | str | None:
         """What goes through the field beside the points: probes, the unit vectors, what the trace needs, nothing."""

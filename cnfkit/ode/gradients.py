@@ -15,7 +15,7 @@ from cnfkit.arguments import full_precision
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.solvers import Counting, grid_steps, run, stages, weighted, without_error
 from cnfkit.ode.statistics import Statistics
-from cnfkit.ode.tape import Tape
+from cnfkit.ode.tape import Given, Tape
 
 
 class Backpropagated(torch.autograd.Function):
@@ -77,14 +77,17 @@ def _back_by_hand(tape: Tape, start: float, end: float, solve: Solve, g: Tensor,
 
 def backpropagated(dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve) -> tuple[Tensor, Tensor]:
     """The state at the end of a grid, and the integrals: gone back by hand where that is possible, else by autograd."""
-    if hasattr(dynamics.dynamics, "taped"):
-        tableau = without_error(solve.method)
-        times = [time for t, h in grid_steps(solve, start, end) for time in stages(tableau, t, h)]
-        tape = dynamics.dynamics.taped(torch.stack([z.new_full((), t) for t in times]), z)
-        if tape is not None:
-            counting = Counting(tape, dynamics.stats, dynamics.watched)
-            return Backpropagated.apply(counting, start, end, solve, z, *tape.tensors)
-    return run(dynamics, z, start, end, solve, 0)[:2]
+    field = dynamics.dynamics
+    if not hasattr(field, "taped"):
+        return run(dynamics, z, start, end, solve, 0)[:2]
+    tableau = without_error(solve.method)
+    times = [time for t, h in grid_steps(solve, start, end) for time in stages(tableau, t, h)]
+    found = field.moments(torch.stack([z.new_full((), t) for t in times]))
+    tape = field.taped(found, z)
+    counting = Counting(tape or Given(field.evaluations(found)), dynamics.stats, dynamics.watched)
+    if tape is None:
+        return run(counting, z, start, end, solve, 0)[:2]
+    return Backpropagated.apply(counting, start, end, solve, z, *tape.tensors)
 
 
 class Checkpointed(torch.autograd.Function):

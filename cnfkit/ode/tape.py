@@ -59,7 +59,9 @@ class Arena(Memory):
 _FREE: WeakKeyDictionary[nn.Module, Arena] = WeakKeyDictionary()
 
 
-class _Given:
+class Given:
+    """A dynamics whose evaluations at the times of a grid are known."""
+
     def __init__(self, evaluations: list) -> None:
         self.evaluations = evaluations
 
@@ -82,7 +84,7 @@ class Tape:
 
     def __init__(self, dynamics: Dynamics, moments: list[MLPMoment]) -> None:
         self.dynamics, self.moments, self.network = dynamics, moments, moments[0].network
-        self.plain = _Given(dynamics.evaluations(moments))
+        self.plain = Given(dynamics.evaluations(moments))
         self.carried = dynamics.carried()
         self.form = self.network.form() if self.carried == "trace" else None
         self.tensors = (*self.network.parts, *([] if self.form is None else [self.form]))
