@@ -91,8 +91,8 @@ def check_points(owner: str, name: str, value: Tensor, shape: torch.Size, like: 
         )
 
 
-def check_context(owner: str, context: Tensor | None, batch: torch.Size, like: Tensor | None) -> None:
-    """Raise unless ``context`` is there, ``(*batch, features)``, with the dtype and device of ``like``."""
+def check_context(owner: str, context: Tensor | None, batch: torch.Size, like: Tensor | None) -> Tensor:
+    """The context, if it is there, ``(*batch, features)``, with the dtype and device of ``like``."""
     if context is None:
         raise ValueError(f"{owner}: context is missing; this map is conditioned on one")
     if not isinstance(context, Tensor):
@@ -104,6 +104,7 @@ def check_context(owner: str, context: Tensor | None, batch: torch.Size, like: T
             f"{owner}: context has dtype {context.dtype}; wanted floating point, such as one_hot(labels).float()"
         )
     check_points(owner, "context", context, context.shape[-1:], like)
+    return context
 
 
 def check_features(owner: str, context: Tensor | None, batch: torch.Size, features: int) -> Tensor:

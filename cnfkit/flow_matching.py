@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from cnfkit.arguments import as_count, check_points, concrete
+from cnfkit.arguments import as_count, check_context, check_points, concrete
 from cnfkit.bijections.base import Bijection, Chain, sum_event
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
@@ -53,9 +53,9 @@ class FlowMatching(nn.Module):
 
     Raises:
         TypeError: if ``model`` or ``evaluation`` is of another kind; on a call, if the points or the generator are.
-        ValueError: if the model is of another form, takes a context or would train more than its field, or an option is
-            out of range; on a call, if the points or the field's velocities have not the right shape, or are not
-            finite where they enter the CNF.
+        ValueError: if the model is of another form or would train more than its field, or an option is
+            out of range; on a call, if the points, the context or the field's velocities have not the right shape, or
+            the points are not finite where they enter the CNF.
 
     >>> loss, terms = FlowMatching(Flow(Normal(2), CNF(MLPField(2))))(torch.zeros(1, 2))
     >>> bool(loss == terms["squared_distance"])  # the field starts at zero
@@ -72,8 +72,6 @@ class FlowMatching(nn.Module):
         super().__init__()
         require_model(model)
         flow, _, cnf = _parts(model)
-        if flow.bijection.takes_context:
-            raise ValueError("model takes a context; wanted a flow without")
         learnt = set(cnf.field.parameters())
         others = [name for name, value in model.named_parameters() if value.requires_grad and value not in learnt]
         if others:
@@ -91,12 +89,15 @@ class FlowMatching(nn.Module):
     def extra_repr(self) -> str:
         return f"pairing={self.pairing!r}, pairing_batch={self.pairing_batch}, evaluation={self.evaluation}"
 
-    def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Tensor, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients in the field's parameters, and its terms by name, without.
 
         Args:
             batch: points, shape ``(n, *event_shape)``.
             generator: where dequantisation, base samples and times come from, in that order.
+            context: what the points are conditioned on, shape ``(n, features)``.
 
         Returns:
             The loss; ``flow_matching``, the loss again, and ``squared_distance``, the mean of that of the pairs. If the
@@ -104,29 +105,36 @@ class FlowMatching(nn.Module):
         """
         if not self.training and self.evaluation is not None:
             solve = replace(self.evaluation, generator=generator or self.evaluation.generator)
-            log_prob, result = self.model.log_prob_and_result(batch, solve=solve)
+            log_prob, result = self.model.log_prob_and_result(batch, context, solve)
             loss = -log_prob.mean()
             return loss, {"nll": loss.detach(), "evaluations": torch.tensor(float(result.evaluations))}
         _, _, cnf = _parts(self.model)
         t0, t1 = cnf.interval
         with torch.no_grad():
-            z0, z1, s = self._draw(batch, generator)
+            z0, z1, s = self._draw(batch, generator, context)
             line = z1 - z0
             z = z0 + s.view(-1, *[1] * (z0.dim() - 1)) * line
-        v = cnf.field(t0 + s * (t1 - t0), z)
+        given = (check_context("FlowMatching", context, z.shape[:1], z),) if cnf.takes_context else ()
+        v = cnf.field(t0 + s * (t1 - t0), z, *given)
         require_velocity(cnf.field, v, z)
         loss, distance = (sum_event(d.square(), cnf.event_shape).mean() for d in (v - line / (t1 - t0), line))
         return loss, {"flow_matching": loss.detach(), "squared_distance": distance}
 
-    def _draw(self, batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(
+        self, batch: Tensor, generator: torch.Generator | None, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The ends of the lines, and where on them to compare."""
         flow, before, _ = _parts(self.model)
+        if context is not None and not flow.bijection.takes_context:
+            raise ValueError("FlowMatching: context was given, but the model takes none")
+        if context is not None and self.pairing == "optimal":
+            raise ValueError("pairing is 'optimal', which would exchange the contexts; wanted 'independent' with them")
         z0 = self.model.dequantiser(batch, generator)[0] if isinstance(self.model, Dequantised) else batch
         check_points("FlowMatching", "batch", z0, flow.event_shape, flow.base.like)
         if z0.dim() != 1 + len(flow.event_shape):
             raise ValueError(f"batch has shape {tuple(z0.shape)}; wanted (n, {', '.join(map(str, flow.event_shape))})")
         for member in before:
-            z0 = member(z0, solve=Solve(trace="none")).value
+            z0 = member(z0, context if member.takes_context else None, Solve(trace="none")).value
         if concrete(z0) and not (finite := z0.isfinite().flatten(1).all(-1)).all():
             raise ValueError(
                 f"batch: {int((~finite).sum())} of {len(z0)} points are not finite where they enter the CNF"

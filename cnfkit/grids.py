@@ -42,7 +42,9 @@ class Grid(nn.Module, ABC):
     solve: Solve
 
     @abstractmethod
-    def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
+    def forward(
+        self, model: Model, batch: Tensor, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> Solve:
         """The solve for a batch."""
 
 
@@ -73,7 +75,9 @@ class JitteredGrid(Grid):
         self.steps, self.jitter = steps, jitter
         self.solve = Solve(method=method, times=uniform_grid(steps), **options)
 
-    def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
+    def forward(
+        self, model: Model, batch: Tensor, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> Solve:
         device = None if generator is None else generator.device
         noise = torch.rand(self.steps - 1, generator=generator, device=device).cpu()
         inner = torch.arange(1, self.steps) + self.jitter * (noise - 0.5)
@@ -119,12 +123,15 @@ class FrozenGrid(Grid):
         self.solve = Solve(method=method, times=uniform_grid(1), **options)
         self.served = 0
 
-    def forward(self, model: Model, batch: Tensor, generator: torch.Generator | None = None) -> Solve:
+    def forward(
+        self, model: Model, batch: Tensor, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> Solve:
         """The solve for a batch, on the grid that is kept, or on a new one."""
         if self.served % self.every == 0:
             adaptive = replace(self.adaptive, generator=generator)
             with torch.no_grad():
-                _, result = model.log_prob_and_result(batch[: self.rows], solve=adaptive)
+                given = None if context is None else context[: self.rows]
+                _, result = model.log_prob_and_result(batch[: self.rows], given, adaptive)
             if not any(stats.times for stats in result.stats):
                 raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
             self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))

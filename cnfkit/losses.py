@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
 from cnfkit.grids import Grid
+from cnfkit.ode.cnf import CNF
 from cnfkit.ode.solve import ENERGIES, Solve
 
 
 class Loss(Protocol):
     """A module that owns the model and returns a batch's loss and the terms that it is made of."""
 
-    def __call__(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def __call__(
+        self, batch: Tensor, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 class NegativeLogLikelihood(nn.Module):
@@ -90,12 +93,15 @@ class NegativeLogLikelihood(nn.Module):
         solve = f", {self.solve}" * isinstance(self.solve, Solve)
         return f"unit={self.unit!r}{penalties}{solve}, evaluation={self.evaluation}"
 
-    def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Tensor, generator: torch.Generator | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar with gradients, and its terms by name, without.
 
         Args:
             batch: points, shape ``(n, *event_shape)``.
             generator: where noise comes from, for models and solves that draw any.
+            context: what the points are conditioned on, shape ``(n, features)``.
 
         Returns:
             The loss; ``nll`` in the unit, each penalty before its weight, and for CNFs the number of ``evaluations``.
@@ -103,15 +109,12 @@ class NegativeLogLikelihood(nn.Module):
         if not self.training:
             solve = self.evaluation
         elif isinstance(self.solve, Grid):
-            solve = self.solve(self.model, batch, generator)
+            solve = self.solve(self.model, batch, generator, context)
         else:
             solve = self.solve
         solve = replace(solve, generator=generator or solve.generator, energies=tuple(self.penalties))
-        log_prob, result = self.model.log_prob_and_result(batch, solve=solve)
-        if self.unit == "bits":
-            loss = bits_per_dimension(log_prob, self.model.event_shape.numel()).mean()
-        else:
-            loss = -log_prob.mean()
+        log_prob, result = self.model.log_prob_and_result(batch, context, solve)
+        loss = self._in_unit(log_prob).mean()
         terms = {"nll": loss.detach()}
         for name, weight in self.penalties.items():
             if name not in result.penalties:
@@ -121,6 +124,41 @@ class NegativeLogLikelihood(nn.Module):
         if result.stats:
             terms["evaluations"] = torch.tensor(float(result.evaluations))
         return loss, terms
+
+    @torch.no_grad()
+    def solver_error(
+        self, batch: Tensor, context: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> float | None:
+        r"""How far the likelihoods that training sees are the solver's doing; None for a model without a CNF.
+
+        .. math:: \frac1n \sum_i \bigl| L_\text{training}(x_i) - L_\text{evaluation}(x_i) \bigr|
+
+        in the unit of the loss, with the same noise. For watching a training: :func:`cnfkit.solver_error` compares with
+        a solve that is much tighter than that of the evaluation, in float64.
+
+        Args:
+            batch: points, shape ``(n, *event_shape)``.
+            context: what they are conditioned on, shape ``(n, features)``.
+            generator: where noise comes from.
+        """
+        if not any(isinstance(part, CNF) for part in self.model.modules()):
+            return None
+        training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
+        tight = self.evaluation
+        if training.times is None:  # or the two might be one and the same
+            tight = tight.within(min(training.tolerance, tight.tolerance or math.inf) / 10)
+        state = (generator or torch.default_generator).get_state()
+
+        def nll(solve: Solve) -> Tensor:
+            noise = torch.Generator("cpu" if generator is None else generator.device)
+            noise.set_state(state)
+            solve = replace(solve, generator=noise, energies=())
+            return self._in_unit(self.model.log_prob_and_result(batch, context, solve)[0])
+
+        return (nll(training) - nll(tight)).abs().mean().item()
+
+    def _in_unit(self, log_prob: Tensor) -> Tensor:
+        return -log_prob if self.unit == "nats" else bits_per_dimension(log_prob, self.model.event_shape.numel())
 
 
 def require_model(model: Flow | Dequantised) -> None:

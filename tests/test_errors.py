@@ -334,6 +334,11 @@ TABLE = {
     "flowpp(2, components=0)": Bad(
         lambda: k.flowpp(2, components=0), V, "components is 0; wanted a whole number of at least 1"
     ),
+    "ffjord((1, 7, 8))": Bad(lambda: k.ffjord((1, 7, 8)), V, "scales is 2, but 7 × 8 pixels cannot be halved so often"),
+    "ffjord(2, blocks=0)": Bad(lambda: k.ffjord(2, blocks=0), V, "blocks is 0; wanted a whole number of at least 1"),
+    "ffjord((1, 8, 8), context=3)": Bad(
+        lambda: k.ffjord((1, 8, 8), context=3), V, "context is 3, but the fields of images take none; wanted 0"
+    ),
     'preset("realNVP", 2)': Bad(
         lambda: k.preset("realNVP", 2), V, "name is 'realNVP'; wanted one of nice, realnvp, glow, maf, residual, flowpp"
     ),
@@ -966,6 +971,36 @@ TABLE = {
     ),
     "a fraction of nothing": Bad(
         lambda: fit(torch.zeros(9, 2)), V, "validation is 0.1 of 9 points, none; wanted 0, or more of them"
+    ),
+    "contexts of other points": Bad(
+        lambda: fit(context=torch.zeros(3, 1)), V, "context has 3 rows; wanted 20, one for each of the points"
+    ),
+    "a context that is no tensor": Bad(
+        lambda: fit(context=[[1.0]] * 20), T, "context is a list; wanted a torch.Tensor of shape (n, *event_shape)"
+    ),
+    "held-out points without their context": Bad(
+        lambda: fit(context=torch.zeros(20, 1), validation=X),
+        V,
+        "validation has points alone; wanted points and a context, as the data are given",
+    ),
+    "held-out points with too much": Bad(
+        lambda: fit(validation=(X, X, X)), V, "validation has 3 members; wanted points, or points and their context"
+    ),
+    "a context that the model does not take": Bad(
+        lambda: fit(context=torch.zeros(20, 1)), V, "Chain: context was given, but this map takes none"
+    ),
+    "an unknown schedule": Bad(
+        lambda: fit(schedule="linear"), V, "schedule is 'linear'; wanted one of cosine, constant"
+    ),
+    "a negative warm-up": Bad(lambda: fit(warmup=-1), V, "warmup is -1; wanted a whole number, 0 for none"),
+    "recoveries without end": Bad(
+        lambda: fit(recoveries=math.inf), V, "recoveries is inf; wanted a whole number, 0 for none"
+    ),
+    "a decay of 1": Bad(lambda: fit(ema=1), V, "ema is 1; wanted a decay between 0 and 1, such as 0.999"),
+    "a gradient of no length": Bad(lambda: fit(clip=0), V, "clip is 0; wanted a positive number"),
+    "no patience": Bad(lambda: fit(patience=0), V, "patience is 0; wanted a whole number of at least 1"),
+    "patience with nothing held out": Bad(
+        lambda: fit(patience=2, validation=0), V, "patience is given, but validation is 0; wanted held-out points"
     ),
     "a folder for a checkpoint": Bad(lambda: fit(checkpoint="."), V, "checkpoint is '.', a folder; wanted a file"),
     # how to solve

@@ -14,6 +14,7 @@ from scipy.stats import kstest, multivariate_normal
 from torch.distributions import MultivariateNormal
 
 from cnfkit import (
+    CNF,
     ActNorm,
     Affine,
     Arcsinh,
@@ -32,6 +33,7 @@ from cnfkit import (
     Standardize,
     Uniform,
     UniformDequantiser,
+    ffjord,
     realnvp,
     residual,
 )
@@ -354,3 +356,12 @@ def test_initialize_reaches_every_layer_and_starts_it_from_its_own_input():
     z = bijection(3 + 2 * torch.randn(500, 1, 4, 4, generator=seeded())).value
     torch.testing.assert_close(z.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(correction=0), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_the_network_of_rnode_for_mnist():
+    """800 636 parameters, ten CNFs, 784 latent numbers."""
+    flow = ffjord((1, 28, 28), scales=3, alpha=1e-5)
+    assert sum(p.numel() for p in flow.parameters()) == 800_636
+    shapes = [tuple(part.event_shape) for part in flow.modules() if isinstance(part, CNF)]
+    assert shapes == [(1, 28, 28)] * 2 + [(4, 14, 14)] * 2 + [(2, 14, 14)] * 2 + [(8, 7, 7)] * 2 + [(4, 7, 7)] * 2
+    assert flow.base.event_shape == (784,)

@@ -399,10 +399,22 @@ BAD = {
         V,
         "model has a CNF on the interval (1.0, 1.0); wanted one of some length",
     ),
-    "a context": (
-        lambda: FlowMatching(Flow(Normal(2), Chain(Conditional(2).requires_grad_(False), model().bijection))),
+    "no context": (
+        lambda: FlowMatching(Flow(Normal(2), Chain(Conditional(2).requires_grad_(False), model().bijection)))(X),
         V,
-        "model takes a context; wanted a flow without",
+        "Conditional: context is missing; this map is conditioned on one",
+    ),
+    "a context of a flow without": (
+        lambda: FlowMatching(model())(X, context=X),
+        V,
+        "FlowMatching: context was given, but the model takes none",
+    ),
+    "contexts that would be exchanged": (
+        lambda: FlowMatching(
+            Flow(Normal(2), Chain(Conditional(2).requires_grad_(False), model().bijection)), "optimal"
+        )(X, context=X),
+        V,
+        "pairing is 'optimal', which would exchange the contexts; wanted 'independent' with them",
     ),
     "a map that would be trained": (
         lambda: FlowMatching(Flow(Normal(2), Chain(ActNorm(2), model().bijection))),

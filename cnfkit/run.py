@@ -1,0 +1,385 @@
+"""One training run: the state that :func:`cnfkit.fit` advances, saves and resumes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit import checkpoint as files
+from cnfkit.arguments import as_count, check_positive
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "constant": lambda share: 1.0,
+}
+LOOKS_ON_DEVICE = 10  # steps between looks at whether the loss is finite, where each would wait for the device
+WATCHED = 64  # points that the solver's error is measured on
+
+
+@dataclass
+class History:
+    """What a run recorded.
+
+    Attributes:
+        steps: the steps at which it did.
+        train: the mean training loss since the step before; NaN where each of these steps was undone.
+        validation: the validation loss, if there was a validation split.
+        solver_error: that of the training's solves, see :meth:`cnfkit.NegativeLogLikelihood.solver_error`, if there was
+            a validation split and the loss has one.
+        terms: the mean of each of the loss's terms since the step before, by name.
+        recovered: the steps that were not finite, at each of which the run went back.
+        best_step: the step whose weights the model has now.
+
+    >>> loss = NegativeLogLikelihood(Flow(Normal(1), Diagonal(1)))
+    >>> history = fit(loss, torch.randn(100, 1), steps=10, records=2, progress=False)
+    >>> history.steps, list(history.terms), len(history.validation)
+    ([5, 10], ['nll'], 2)
+    """
+
+    steps: list[int] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    solver_error: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    recovered: list[int] = field(default_factory=list)
+    best_step: int = 0
+
+
+class Run:
+    """The state of a run, whole after each step.
+
+    Attributes:
+        step: how many steps were taken.
+        history: what was recorded.
+        whole: whether everything is of the same step, so that it can be saved.
+    """
+
+    def __init__(self, loss, data, validation, checkpoint, **settings) -> None:
+        if not isinstance(loss, nn.Module) or hasattr(loss, "log_prob"):
+            raise TypeError(
+                f"loss is a {type(loss).__name__}; wanted a loss module, such as NegativeLogLikelihood(flow)"
+            )
+        data = _require_rows(data, ("data", "context"))
+        self.settings = _require_settings(settings)
+        if checkpoint is not None and Path(checkpoint).is_dir():
+            raise ValueError(f"checkpoint is {str(checkpoint)!r}, a folder; wanted a file")
+        self.parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("loss has no parameters to train")
+        self.loss, self.checkpoint, self.seed, self.steps = loss, checkpoint, settings["seed"], settings["steps"]
+        self.device = next(iter(self.parameters.values())).device
+        train, held_out = _split(data, validation, self.seed)
+        if settings["patience"] is not None and not held_out:
+            raise ValueError("patience is given, but validation is 0; wanted held-out points to judge by")
+        self.settings["batch"] = min(settings["batch"], len(train[0]))
+        if checkpoint is not None:
+            self.settings |= {"data": _fingerprint(train), "validation": _fingerprint(held_out)}
+        self.train, self.held_out = ([part.detach().to(self.device) for part in rows] for rows in (train, held_out))
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings["lr"])
+        self.history, self.step, self.best, self.rate = History(), 0, {}, 1.0
+        self.average = {} if settings["ema"] is None else _copies(self.parameters)
+        self.recent: dict[str, Tensor] = {}  # sums over the steps since the last record,
+        self.counted = 0  # and how many these are
+        self.order = (-1, torch.empty(0))
+        self.before: dict[str, Tensor] = {}  # what a call of the loss changes by itself, as it was before the call
+        self.whole = True
+        self.failed = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.good = _copies(self.state())  # as of the last record
+        if checkpoint is not None and Path(checkpoint).is_file():
+            self.resume()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken, or the patience with the validation loss is over."""
+        losses, patience = self.history.validation, self.settings["patience"]
+        waited = len(losses) - self.history.steps.index(self.history.best_step) - 1 if self.best else len(losses)
+        return self.step >= self.steps or (patience is not None and waited >= patience)
+
+    def advance(self) -> None:
+        """Take one step; at the end of a part of the run, record it."""
+        rate = SCHEDULES[self.settings["schedule"]](self.step / self.steps)
+        rate *= min(1.0, (self.step + 1) / max(self.settings["warmup"], 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings["lr"] * self.rate * rate
+        if self.checkpoint is not None:
+            state = self.loss.state_dict().items()
+            self.before = {name: value.detach().clone() for name, value in state if name not in self.parameters}
+        try:
+            self.update()
+        except FloatingPointError as error:
+            self.whole = False
+            self.go_back(error)
+        self.step, self.before = self.step + 1, {}
+        records = self.settings["records"]
+        if self.step * records // self.steps > (self.step - 1) * records // self.steps:
+            self.record()
+        self.whole = True
+
+    def update(self) -> None:
+        """The loss of the next batch, and what the optimiser makes of it."""
+        points, *context = self.next_batch()
+        loss, terms = self.call(points, context, _generator(self.seed, "noise", self.step))
+        self.failed |= ~loss.detach().isfinite()
+        if self.device.type == "cpu" or self.step % LOOKS_ON_DEVICE == 0:
+            self.require_finite(f"the loss is {loss.item()}" if self.failed else "")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.settings["clip"] is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.settings["clip"])
+        self.whole = False
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, average in self.average.items():
+                decay = min(self.settings["ema"], (1 + self.step) / (10 + self.step))
+                average.lerp_(self.parameters[name], 1 - decay)
+        for name, value in {**terms, "loss": loss.detach()}.items():
+            self.recent[name] = self.recent[name] + value if name in self.recent else value
+        self.counted += 1
+
+    def call(self, points: Tensor, context: list[Tensor], generator: torch.Generator) -> tuple[Tensor, dict]:
+        return self.loss(points, generator=generator, **({"context": context[0]} if context else {}))
+
+    def next_batch(self) -> list[Tensor]:
+        n, batch = len(self.train[0]), self.settings["batch"]
+        epoch, position = divmod(self.step, n // batch)
+        if self.order[0] != epoch:
+            order = torch.randperm(n, generator=_generator(self.seed, "order", epoch))
+            self.order = epoch, order.to(self.device)
+        rows = self.order[1][position * batch : (position + 1) * batch]
+        return [part[rows] for part in self.train]
+
+    def require_finite(self, problem: str) -> None:
+        if problem:
+            raise FloatingPointError(problem)
+
+    def go_back(self, error: FloatingPointError) -> None:
+        """To the state of the last record, at half the learning rate; or raise, if that was done too often."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        what = f"step {self.step} of {self.steps} (learning rate {rate:.2g}): {error}"
+        last = self.history.steps[-1] if self.history.steps else 0
+        self.restore(self.good)
+        if len(self.history.recovered) >= self.settings["recoveries"]:
+            best = f"the model has the weights of step {self.history.best_step}, its best" if self.best else ""
+            saved = f"those of step {last} are in {self.checkpoint}" if self.checkpoint and last else ""
+            advice = ["try a smaller lr, or standardise the data", best, saved]
+            raise FloatingPointError(f"{what}; {'; '.join(filter(None, advice))}") from error
+        warnings.warn(
+            f"{what}; back to the weights of step {last}, at half the learning rate",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self.history.recovered.append(self.step)
+        self.rate, self.recent, self.counted = self.rate / 2, {}, 0
+        self.failed.zero_()
+
+    def record(self) -> None:
+        """Note the losses, keep the weights if they are the best, and save."""
+        try:
+            finite = not self.failed and all(value.isfinite().all() for value in self.parameters.values())
+            self.require_finite("" if finite else "the loss or a weight is not finite")
+            judged = self.judge()
+        except FloatingPointError as error:
+            self.go_back(error)
+            judged = self.judge()
+        history, mean = self.history, {name: value.item() / self.counted for name, value in self.recent.items()}
+        history.steps.append(self.step)
+        history.train.append(mean.pop("loss", math.nan))
+        for name in {**history.terms, **mean}:
+            missed = [math.nan] * (len(history.steps) - 1)
+            history.terms.setdefault(name, missed).append(mean.get(name, math.nan))
+        self.recent, self.counted = {}, 0
+        if self.held_out:
+            validation, error = judged
+            finite = [value for value in history.validation if not math.isnan(value)]
+            history.validation.append(validation)
+            if error is not None:
+                history.solver_error.append(error)
+            if validation < min(finite, default=math.inf):
+                history.best_step = self.step
+                with self.averaged():
+                    self.best = _copies(self.loss.state_dict())
+        else:
+            history.best_step = self.step
+        self.good = _copies(self.state())
+        self.save()
+
+    @torch.no_grad()
+    def judge(self) -> tuple[float, float | None] | None:
+        """The validation loss, and the error of the training's solver; None without held-out points."""
+        if not self.held_out:
+            return None
+        generator, total = _generator(self.seed, "validation", 0), 0.0
+        size, n = max(self.settings["batch"], 512), len(self.held_out[0])
+        was_training = self.loss.training
+        with self.averaged():
+            self.loss.eval()
+            try:
+                for points, *context in zip(*(part.split(size) for part in self.held_out), strict=True):
+                    total += self.call(points, context, generator)[0].item() * len(points)
+                measure = getattr(self.loss, "solver_error", None)
+                rows = [part[:WATCHED] for part in self.held_out]
+                error = measure(*rows, generator=_generator(self.seed, "solver", 0)) if measure else None
+            finally:
+                self.loss.train(was_training)
+        return total / n, error
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the moving average of its weights, if there is one."""
+        own = _copies({name: self.parameters[name] for name in self.average})
+        try:
+            self.fill(self.average)
+            yield
+        finally:
+            self.fill(own)
+
+    @torch.no_grad()
+    def fill(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+    def keep_best(self) -> None:
+        """Give the model the weights that did best, or else the last ones."""
+        if self.best:
+            self.loss.load_state_dict(self.best)
+        else:  # nothing was held out, or no validation loss was finite
+            self.history.best_step = self.step
+            self.fill(self.average)
+
+    def state(self) -> dict[str, Tensor]:
+        """The model, the optimiser and the average, by name."""
+        tensors = {f"model/{name}": value for name, value in (self.loss.state_dict() | self.before).items()}
+        tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        for k, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{k}/{name}": value for name, value in state.items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _part(tensors, "optimizer").items():
+            k, key = name.split("/")
+            state.setdefault(int(k), {})[key] = value.clone()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.loss.load_state_dict(_part(tensors, "model"))
+        for name, value in _part(tensors, "average").items():
+            self.average[name].copy_(value)
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is one: all that the run needs to go on as if it had not stopped."""
+        if self.checkpoint is None:
+            return
+        tensors = self.state() | {f"recent/{name}": value for name, value in self.recent.items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        if not self.history.steps or self.history.steps[-1] != self.step:
+            tensors |= {f"good/{name}": value for name, value in self.good.items()}
+        about = {"step": self.step, "counted": self.counted, "rate": self.rate, "history": asdict(self.history)}
+        files.write(self.checkpoint, tensors, about | {"settings": self.settings, "model": files.describe(self.loss)})
+
+    def resume(self) -> None:
+        """Take up the run of the checkpoint."""
+        tensors, about = files.read(self.checkpoint)
+        if "settings" not in about:
+            raise files.CheckpointError(f"{self.checkpoint} holds weights, but no training run to resume")
+        for name, value in self.settings.items():
+            if (came := about["settings"].get(name)) != value:
+                raise ValueError(
+                    f"{self.checkpoint} is of a run with {name}={came!r}, this one has {value!r}; "
+                    "use the same settings, or another file"
+                )
+        files.fill(self.loss, _part(tensors, "model"), about["model"], self.checkpoint)
+        tensors = {name: value.to(self.device) for name, value in tensors.items()}
+        self.restore(tensors)
+        self.step, self.counted, self.rate = about["step"], about["counted"], about["rate"]
+        self.history, self.best, self.recent = History(**about["history"]), _part(tensors, "best"), {}
+        self.recent = _part(tensors, "recent")
+        self.good = _part(tensors, "good") or _copies(self.state())
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def _generator(seed: int, purpose: str, k: int) -> torch.Generator:
+    """The generator of one purpose at one step: a function of its arguments alone, so nothing need be saved."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {k}".encode()))
+
+
+def _split(data: tuple[Tensor, ...], validation, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The rows that are trained on, and those that are held out, none perhaps."""
+    n = len(data[0])
+    if isinstance(validation, Tensor | tuple | list):
+        held_out = _require_rows(validation, ("validation", "validation's context"))
+        if len(held_out) != len(data):
+            came, wanted = ("points and a context" if len(rows) > 1 else "points alone" for rows in (held_out, data))
+            raise ValueError(f"validation has {came}; wanted {wanted}, as the data are given")
+        for name, came, wanted in zip(("points", "context"), held_out, data, strict=False):
+            if came.shape[1:] != wanted.shape[1:]:
+                raise ValueError(
+                    f"validation has {name} of shape {tuple(came.shape[1:])}; data of {tuple(wanted.shape[1:])}"
+                )
+        return data, held_out
+    if isinstance(validation, bool) or not isinstance(validation, int | float) or not 0 <= validation < 1:
+        raise ValueError(f"validation is {validation!r}; wanted a fraction in [0, 1), or held-out points")
+    size = int(n * validation)
+    if validation and not size:
+        raise ValueError(f"validation is {validation!r} of {n} points, none; wanted 0, or more of them")
+    order = torch.randperm(n, generator=_generator(seed, "split", 0))
+    train, held_out = ([part[rows.to(part.device)] for part in data] for rows in (order[size:], order[:size]))
+    return train, held_out if size else ()
+
+
+def _fingerprint(rows: tuple[Tensor, ...]) -> str:
+    """Shapes and checksums: a run must not go on with other data than it began with."""
+    content = [zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()) for part in rows]
+    return ", ".join(f"{tuple(part.shape)} {crc:08x}" for part, crc in zip(rows, content, strict=True))
+
+
+def _require_rows(rows: Tensor | tuple[Tensor, ...], names: tuple[str, str]) -> tuple[Tensor, ...]:
+    """Points, and their contexts if there are any, or an error that says what is wrong with them."""
+    rows = tuple(rows) if isinstance(rows, tuple | list) else (rows,)
+    if not 1 <= len(rows) <= 2:
+        raise ValueError(f"{names[0]} has {len(rows)} members; wanted points, or points and their context")
+    for name, part in zip(names, rows, strict=False):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} is a {type(part).__name__}; wanted a torch.Tensor of shape (n, *event_shape)")
+        if part.dim() < 2 or not len(part):
+            raise ValueError(f"{name} has shape {tuple(part.shape)}; wanted (n, *event_shape) with n at least 1")
+        if len(part) != len(rows[0]):
+            raise ValueError(f"{name} has {len(part)} rows; wanted {len(rows[0])}, one for each of the points")
+        if part.is_floating_point() and not (finite := part.isfinite()).all():
+            bad = (~finite).flatten(1).any(1)
+            raise ValueError(f"{name}: {int(bad.sum())} of {len(part)} points hold NaN or infinite entries")
+    return rows
+
+
+def _require_settings(settings: dict) -> dict:
+    """The settings, each in its range, or an error that names the one that is not."""
+    for name in ("steps", "batch", "records"):
+        settings[name] = as_count(name, settings[name])
+    for name in ("warmup", "recoveries"):
+        if isinstance(settings[name], bool) or not isinstance(settings[name], int) or settings[name] < 0:
+            raise ValueError(f"{name} is {settings[name]!r}; wanted a whole number, 0 for none")
+    if settings["patience"] is not None:
+        settings["patience"] = as_count("patience", settings["patience"])
+    if settings["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule is {settings['schedule']!r}; wanted one of {', '.join(SCHEDULES)}")
+    check_positive("lr", settings["lr"])
+    if settings["clip"] is not None:
+        check_positive("clip", settings["clip"])
+    ema = settings["ema"]
+    if ema is not None and (not isinstance(ema, int | float) or not 0 < ema < 1):
+        raise ValueError(f"ema is {ema!r}; wanted a decay between 0 and 1, such as 0.999")
+    return dict(settings)
