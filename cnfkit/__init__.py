@@ -36,10 +36,10 @@ from cnfkit.bijections import (
     Univariate,
     mask,
 )
-from cnfkit.checkpoint import CheckpointError, load, save
+from cnfkit.checkpoint import CheckpointError, Contents, inspect, load, save
 from cnfkit.checks import CheckFailed, check
 from cnfkit.contract import bijection_contract, flow_contract
-from cnfkit.data import Images, ToyDensity, digits, mnist, toy_density
+from cnfkit.data import Images, Table, ToyDensity, cifar10, digits, fashion_mnist, mnist, table, toy_density
 from cnfkit.dequantise import Dequantised, Dequantiser, UniformDequantiser, VariationalDequantiser
 from cnfkit.evaluation import Evaluation, evaluate, solver_error
 from cnfkit.flow import Flow
@@ -54,9 +54,10 @@ from cnfkit.ode.fields import MLPField
 from cnfkit.ode.potential import PotentialField
 from cnfkit.ode.solve import Solve
 from cnfkit.ode.statistics import SolveError, Statistics
-from cnfkit.presets import flowpp, glow, maf, nice, preset, realnvp, residual
+from cnfkit.presets import ffjord, flowpp, glow, maf, nice, preset, realnvp, residual
+from cnfkit.run import History
 from cnfkit.settings import device, retrain, steps
-from cnfkit.training import History, fit
+from cnfkit.training import fit
 from cnfkit.zoo import trained
 
 __version__ = "0.1.0"
@@ -78,6 +79,7 @@ __all__ = [
     "Chain",
     "CheckFailed",
     "CheckpointError",
+    "Contents",
     "Conv1x1",
     "ConvField",
     "ConvNet",
@@ -119,6 +121,7 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "Statistics",
+    "Table",
     "ToyDensity",
     "Uniform",
     "UniformDequantiser",
@@ -127,13 +130,17 @@ __all__ = [
     "bijection_contract",
     "bits_per_dimension",
     "check",
+    "cifar10",
     "device",
     "digits",
     "evaluate",
+    "fashion_mnist",
+    "ffjord",
     "fit",
     "flow_contract",
     "flowpp",
     "glow",
+    "inspect",
     "load",
     "maf",
     "mask",
@@ -147,6 +154,7 @@ __all__ = [
     "save",
     "solver_error",
     "steps",
+    "table",
     "toy_density",
     "trained",
     "uniform_grid",

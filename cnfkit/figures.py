@@ -262,11 +262,12 @@ def grid(ax: Axes, transform: Callable[[Tensor], Tensor], limits: Sequence[float
 
 
 def images(ax: Axes, pictures: Tensor, columns: int = 10, levels: int = 2, **options) -> None:
-    """Draw grey images as one sheet.
+    """Draw grey or coloured images as one sheet.
 
     Args:
         ax: where.
-        pictures: shape ``(n, 1, height, width)``, with values from 0 to ``levels - 1``.
+        pictures: shape ``(n, 1, height, width)``, or three channels for red, green and blue, with values from 0 to
+            ``levels - 1``.
         columns: how many stand in a row.
         levels: how many values a pixel takes.
         options: for ``imshow``.
@@ -274,14 +275,17 @@ def images(ax: Axes, pictures: Tensor, columns: int = 10, levels: int = 2, **opt
     Raises:
         ValueError: if ``pictures`` has another shape, or none are in it.
     """
-    if pictures.dim() != 4 or pictures.shape[1] != 1 or not len(pictures):
-        raise ValueError(f"pictures has shape {tuple(pictures.shape)}; wanted (n, 1, height, width)")
-    n, _, height, width = pictures.shape
+    if pictures.dim() != 4 or pictures.shape[1] not in (1, 3) or not len(pictures):
+        raise ValueError(f"pictures has shape {tuple(pictures.shape)}; wanted (n, 1 or 3, height, width)")
+    n, channels, height, width = pictures.shape
     rows = -(-n // columns)
-    sheet = torch.zeros(rows * columns, height + 1, width + 1)
-    sheet[:n, :-1, :-1] = pictures[:, 0].float().cpu()
-    sheet = sheet.view(rows, columns, height + 1, width + 1).transpose(1, 2).reshape(rows * (height + 1), -1)
-    ax.imshow(sheet[:-1, :-1].numpy(), **({"vmin": 0, "vmax": levels - 1, "interpolation": "nearest"} | options))
+    gap = 0.0 if channels == 1 else levels - 1.0  # white, also where 0 is black
+    sheet = torch.full((rows * columns, height + 1, width + 1, channels), gap)
+    sheet[:n, :-1, :-1] = pictures.movedim(1, -1).float().cpu()
+    sheet = sheet.view(rows, columns, height + 1, width + 1, channels).transpose(1, 2)
+    sheet = sheet.reshape(rows * (height + 1), -1, channels)[:-1, :-1]
+    sheet = sheet[..., 0] if channels == 1 else (sheet / (levels - 1)).clamp(0, 1)
+    ax.imshow(sheet.numpy(), **({"vmin": 0, "vmax": levels - 1, "interpolation": "nearest"} | options))
     bare(ax)
 
 

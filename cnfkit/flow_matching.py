@@ -71,7 +71,7 @@ class FlowMatching(nn.Module):
     ) -> None:
         super().__init__()
         require_model(model)
-        flow, _, cnf = _parts(model)
+        _, _, cnf = _parts(model)
         learnt = set(cnf.field.parameters())
         others = [name for name, value in model.named_parameters() if value.requires_grad and value not in learnt]
         if others:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cnfkit import checkpoint as files
 from cnfkit.arguments import as_count, check_positive
+from cnfkit.shards import parts
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
@@ -68,7 +69,7 @@ class Run:
                 f"loss is a {type(loss).__name__}; wanted a loss module, such as NegativeLogLikelihood(flow)"
             )
         data = _require_rows(data, ("data", "context"))
-        self.settings = _require_settings(settings)
+        self.settings = require_settings(settings)
         if checkpoint is not None and Path(checkpoint).is_dir():
             raise ValueError(f"checkpoint is {str(checkpoint)!r}, a folder; wanted a file")
         self.parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
@@ -93,7 +94,7 @@ class Run:
         self.whole = True
         self.failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.good = _copies(self.state())  # as of the last record
-        if checkpoint is not None and Path(checkpoint).is_file():
+        if checkpoint is not None and parts(Path(checkpoint)):
             self.resume()
 
     @property
@@ -365,7 +366,7 @@ def _require_rows(rows: Tensor | tuple[Tensor, ...], names: tuple[str, str]) -> 
     return rows
 
 
-def _require_settings(settings: dict) -> dict:
+def require_settings(settings: dict) -> dict:
     """The settings, each in its range, or an error that names the one that is not."""
     for name in ("steps", "batch", "records"):
         settings[name] = as_count(name, settings[name])

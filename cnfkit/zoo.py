@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,9 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cnfkit.checkpoint import CheckpointError, load, save
+from cnfkit.atomic import alone, explained, put
+from cnfkit.checkpoint import CheckpointError, as_path, load, require_module, save
 from cnfkit.settings import retrain
+from cnfkit.shards import parts
 from cnfkit.training import History
+
+LIMIT = 4_000_000  # bytes of a file that is published
 
 
 def trained(path: str | Path, module: nn.Module, train: Callable[[], History], **facts) -> dict:
@@ -33,19 +38,54 @@ def trained(path: str | Path, module: nn.Module, train: Callable[[], History], *
 
     Raises:
         FileNotFoundError: if there is no such file.
+        TypeError: if ``path`` or ``module`` is something else.
         CheckpointError: if its bytes are not the published ones, or do not fit the module.
-        ValueError: if ``CNFKIT_RETRAIN`` is neither 1 nor 0.
+        ValueError: if ``CNFKIT_RETRAIN`` is neither 1 nor 0, or the weights to train would take more than 4 MB.
     """
-    path = Path(path)
-    sums = path.with_name("SHA256SUMS")
-    listed = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    path = as_path(path)
+    require_module(module)
+    listed = published(path.parent)
     if retrain():
+        size = sum(tensor.nbytes for tensor in module.state_dict().values())
+        if size > LIMIT:
+            raise ValueError(f"module has weights of {size / 1e6:.1f} MB; wanted at most {LIMIT / 1e6:g}, to publish")
         start = time.monotonic()
         history = asdict(train())
         where = {"device": next(module.parameters()).device.type, "torch": torch.__version__.split("+")[0]}
         save(path, module, **facts, **where, seconds=round(time.monotonic() - start), history=history)
-        listed[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        sums.write_text("".join(f"{listed[name]}  {name}\n" for name in sorted(listed)))
-    elif path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != listed.get(path.name):
-        raise CheckpointError(f"{path} is not the published file: its sha256 is not that of {sums}")
+        _publish(path)
+    else:
+        for file in parts(path):
+            if _sha256(file) != listed.get(file.name):
+                raise CheckpointError(
+                    f"{file} is not the published file: its sha256 is not that of {_sums(path.parent)}"
+                )
     return load(path, module)
+
+
+def published(folder: Path) -> dict[str, str]:
+    """The sha256 of each published file, by name."""
+    sums = _sums(folder)
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    found = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines]
+    if None in found:
+        raise CheckpointError(f"{sums} has the line {lines[found.index(None)]!r}; wanted a sha256 and a file's name")
+    return {match[2]: match[1] for match in found}
+
+
+def _publish(path: Path) -> None:
+    """Put down a file's sha256, whatever other processes put down meanwhile."""
+    sums = _sums(path.parent)
+    with alone(path.parent):
+        listed = published(path.parent) | {path.name: _sha256(path)}
+        text = "".join(f"{listed[name]}  {name}\n" for name in sorted(listed)).encode()
+        with explained(sums, len(text)):
+            put(sums, text)
+
+
+def _sums(folder: Path) -> Path:
+    return folder / "SHA256SUMS"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1322,7 +1322,7 @@ TABLE = {
     "images without a channel": Bad(
         lambda: figures.images(None, torch.zeros(3, 8, 8)),
         V,
-        "pictures has shape (3, 8, 8); wanted (n, 1, height, width)",
+        "pictures has shape (3, 8, 8); wanted (n, 1 or 3, height, width)",
     ),
     "missing checkpoint": Bad(
         lambda: k.load("absent.safetensors", nn.Linear(2, 2)),
@@ -1331,6 +1331,74 @@ TABLE = {
     ),
     "missing MNIST": Bad(
         lambda: k.mnist("absent"), FileNotFoundError, "MNIST's train-images-idx3-ubyte (or train-images-idx3-ubyte.gz)"
+    ),
+    "missing Fashion-MNIST": Bad(
+        lambda: k.fashion_mnist("absent"), FileNotFoundError, "Fashion-MNIST's train-images-idx3-ubyte (or train-"
+    ),
+    "missing CIFAR-10": Bad(
+        lambda: k.cifar10("absent"), FileNotFoundError, "cifar-10-binary.tar.gz is not in absent; without a folder, it"
+    ),
+    "unknown table": Bad(
+        lambda: k.table("POWER"), V, "name is 'POWER'; wanted one of power, gas, hepmass, miniboone, bsds300, wine"
+    ),
+    "missing table": Bad(
+        lambda: k.table("miniboone", "absent"),
+        FileNotFoundError,
+        "MiniBooNE_PID.txt (or MiniBooNE_PID.txt.gz, or miniboone.zip) is not in absent; without a folder, it is",
+    ),
+    # files
+    "weights to a number": Bad(lambda: k.save(3, nn.Linear(2, 2)), T, "path is a int; wanted a str or a pathlib.Path"),
+    "weights to a folder": Bad(
+        lambda: k.save(".", nn.Linear(2, 2)), IsADirectoryError, "this is a folder; wanted a file: '.'"
+    ),
+    "weights below a file": Bad(
+        lambda: k.save(Path(__file__) / "a.safetensors", nn.Linear(2, 2)),
+        FileExistsError,
+        "File exists; this was not written, and what was there before is as it was",
+    ),
+    "weights without their module": Bad(
+        lambda: k.save("a.safetensors", nn.Linear(2, 2).state_dict()),
+        T,
+        "module is a OrderedDict; wanted a torch.nn.Module",
+    ),
+    "weights with a fact that is no JSON": Bad(
+        lambda: k.save("a.safetensors", nn.Linear(2, 2), mean=X[0]),
+        T,
+        "mean is tensor([0., 0.]); wanted a fact that JSON can hold: Object of type Tensor is not JSON serializable",
+    ),
+    "weights that are not there yet": Bad(
+        lambda: k.save("a.safetensors", nn.Linear(2, 2, device="meta")),
+        T,
+        "weight is torch.strided, torch.float32, on meta; wanted a dense tensor with values, to be saved",
+    ),
+    "weights of a type that files lack": Bad(
+        lambda: k.save("a.safetensors", nn.Linear(2, 2, dtype=torch.complex128)),
+        T,
+        "a tensor is torch.complex128; wanted a type that safetensors knows",
+    ),
+    "weights from a number": Bad(
+        lambda: k.load(3, nn.Linear(2, 2)), T, "path is a int; wanted a str or a pathlib.Path"
+    ),
+    "weights from a folder": Bad(
+        lambda: k.load(".", nn.Linear(2, 2)), k.CheckpointError, ". is a folder; wanted a file"
+    ),
+    "weights into a class": Bad(lambda: k.load("a", nn.Linear), T, "module is a type; wanted a torch.nn.Module"),
+    "weights from a text": Bad(
+        lambda: k.load(__file__, nn.Linear(2, 2)), k.CheckpointError, "test_errors.py is damaged or no safetensors file"
+    ),
+    "a look into nothing": Bad(
+        lambda: k.inspect("absent.safetensors"), FileNotFoundError, "no checkpoint at absent.safetensors; train the"
+    ),
+    "a look into a module": Bad(lambda: k.inspect(nn.Linear(2, 2)), T, "path is a Linear; wanted a str or a pathlib"),
+    "published weights that are missing": Bad(
+        lambda: k.trained("absent.safetensors", nn.Linear(2, 2), fit),
+        FileNotFoundError,
+        "no checkpoint at absent.safetensors; train the model first (chapters: CNFKIT_RETRAIN=1)",
+    ),
+    "published weights of no module": Bad(
+        lambda: k.trained("absent.safetensors", fit, nn.Linear(2, 2)),
+        T,
+        "module is a function; wanted a torch.nn.Module",
     ),
 }
 

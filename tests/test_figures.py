@@ -307,3 +307,15 @@ def test_whole_numbers_move_by_one(monkeypatch, values, step):
     figures.explore(lambda value: plt.figure(), values, name="n", alt="nothing")
     slider = made[-1].children[0]
     assert slider.step == pytest.approx(step) and (slider.min, slider.max) == (values[0], values[-1])
+
+
+def test_coloured_images_keep_their_colours():
+    fig, ax = plt.subplots()
+    pictures = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    pictures[0, 0], pictures[1, 2] = 255, 51
+    figures.images(ax, pictures, columns=2, levels=256)
+    (sheet,) = ax.get_images()
+    found = sheet.get_array()
+    assert found.shape == (2, 5, 3) and (found[:, 2] == 1).all(), "a white gap of one pixel"
+    np.testing.assert_allclose(found[0, [0, 3]], [[1, 0, 0], [0, 0, 0.2]], atol=1e-6)
+    plt.close(fig)

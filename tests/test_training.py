@@ -414,7 +414,7 @@ def test_a_loss_that_is_not_finite(tmp_path, value):
 
 def test_a_loss_that_is_not_finite_without_a_checkpoint():
     loss = Poisoned(10, math.nan)
-    with pytest.raises(FloatingPointError, match="step 10 of 20 .*: the loss is nan; try a smaller lr") as failed:
+    with pytest.raises(FloatingPointError, match=r"step 10 of 20 .*: the loss is nan; try a smaller lr") as failed:
         fit(loss, data(), recoveries=0, **OPTIONS)
     assert "has the weights of step 8, its best" in str(failed.value) and " are in " not in str(failed.value)
     assert all(value.isfinite().all() for value in weights(loss)), "no update was made with it"

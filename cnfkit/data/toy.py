@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,18 +36,17 @@ class ToyDensity(ABC):
         return self._sample(n, generator)
 
     @abstractmethod
+    def entropy(self) -> float:
+        r"""The entropy in nats, to about 1e-7: the NLL that no model can beat on average.
+
+        .. math:: H = -\int p(x) \log p(x) \, dx
+        """
+
+    @abstractmethod
     def _log_prob(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _sample(self, n: int, generator: torch.Generator | None) -> Tensor: ...
-
-    def entropy(self, n: int = 100_000, seed: int = 0) -> tuple[float, float]:
-        r"""The entropy in nats, the NLL that no model can beat on average, and its standard error.
-
-        .. math:: H = -\mathbb{E} \log p(x), \qquad \text{by the mean over } n \text{ samples}
-        """
-        values = -self.log_prob(self.sample(n, torch.Generator().manual_seed(seed)))
-        return values.mean().item(), (values.std() / math.sqrt(n)).item()
 
 
 class GaussianRing(ToyDensity):
@@ -60,6 +60,9 @@ class GaussianRing(ToyDensity):
         angle = 2 * math.pi * torch.arange(components) / components
         self.centres = radius * torch.stack([angle.cos(), angle.sin()], -1)
         self.sigma = sigma
+
+    def entropy(self):
+        return _entropy(self._log_prob, self.centres, 6 * self.sigma, self.sigma)
 
     def _log_prob(self, x):
         return _mixture_log_prob(x, self.centres, self.sigma)
@@ -89,6 +92,9 @@ class TwoMoons(ToyDensity):
     def _arc(angle: Tensor) -> Tensor:
         return torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], -1)
 
+    def entropy(self):
+        return _entropy(self._log_prob, self.centres, 6 * self.sigma, self.sigma)
+
     def _log_prob(self, x):
         return _mixture_log_prob(x, self.centres, self.sigma, self.weights)
 
@@ -103,6 +109,9 @@ class Checkerboard(ToyDensity):
 
     .. math:: p(x) = \tfrac18 \text{ if } \lfloor x_1 \rfloor + \lfloor x_2 \rfloor \text{ is even, else } 0
     """
+
+    def entropy(self):
+        return math.log(8)
 
     def _log_prob(self, x):
         dark = (x.floor().sum(-1) % 2 == 0) & (x >= -2).all(-1) & (x < 2).all(-1)
@@ -123,7 +132,7 @@ class Pinwheel(ToyDensity):
 
         y \sim \frac1K \sum_k \mathcal{N}(r\, u_k,\, U_k \Sigma U_k^\top)
 
-    The twist has determinant 1, so :math:`p(x)` is the mixture's density at :math:`y`.
+    The twist has determinant 1, so :math:`p(x)` is the mixture's density at :math:`y`, and the entropy the mixture's.
     """
 
     def __init__(
@@ -138,8 +147,14 @@ class Pinwheel(ToyDensity):
         turned = _rotation(sign * self.twist * x.norm(dim=-1)) @ x.unsqueeze(-1)
         return turned.squeeze(-1)
 
+    def entropy(self):
+        centres = self.radius * self.axes[..., 0]
+        return _entropy(self._untwisted_log_prob, centres, 6 * self.scales.max().item(), self.scales.min().item())
+
     def _log_prob(self, x):
-        y = self._turn(x, -1)
+        return self._untwisted_log_prob(self._turn(x, -1))
+
+    def _untwisted_log_prob(self, y: Tensor) -> Tensor:
         local = torch.einsum("kij,...i->...kj", self.axes.to(y), y) - torch.tensor([self.radius, 0.0]).to(y)
         z = local / self.scales.to(y)
         each = -0.5 * z.square().sum(-1) - math.log(2 * math.pi) - self.scales.log().sum().to(y)
@@ -182,6 +197,17 @@ def _mixture_log_prob(x: Tensor, centres: Tensor, sigma: float, weights: Tensor 
     squares = (x.unsqueeze(-2) - centres.to(x)).square().sum(-1)
     log_weights = -math.log(len(centres)) if weights is None else weights.to(x).log()
     return (log_weights - squares / (2 * sigma**2)).logsumexp(-1) - math.log(2 * math.pi * sigma**2)
+
+
+def _entropy(log_prob: Callable[[Tensor], Tensor], centres: Tensor, margin: float, width: float) -> float:
+    """That of normal distributions at the centres, by the trapezoidal rule.
+
+    Its error falls exponentially in the narrowest width over the step; six standard deviations hold all but 1e-8.
+    """
+    step = width / 1.5
+    low, high = (centres.amin(0) - margin).tolist(), (centres.amax(0) + margin).tolist()
+    lines = [torch.arange(a, b + step, step, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
+    return torch.special.entr(log_prob(torch.cartesian_prod(*lines)).exp()).sum().item() * step**2
 
 
 def _rotation(angle: Tensor) -> Tensor:

@@ -1,0 +1,278 @@
+"""The configuration of a run: a small TOML file that says which data, which model, which loss, how long."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnfkit import data as sets
+from cnfkit.data.toy import DENSITIES
+from cnfkit.dequantise import Dequantised, UniformDequantiser
+from cnfkit.flow import Flow
+from cnfkit.flow_matching import FlowMatching
+from cnfkit.grids import FrozenGrid, JitteredGrid, uniform_grid
+from cnfkit.losses import NegativeLogLikelihood
+from cnfkit.ode.cnf import CNF
+from cnfkit.ode.solve import Solve
+from cnfkit.presets import PRESETS, preset
+from cnfkit.run import require_settings
+from cnfkit.training import fit
+
+FOLDER = Path(__file__).with_name("configs")
+IMAGES = {name: getattr(sets, name) for name in ("digits", "mnist", "fashion_mnist", "cifar10")}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the entry, and what is wanted."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a run is about.
+
+    Attributes:
+        train: what is trained on, shape ``(n, *event_shape)``.
+        validation: held-out points, or the fraction of ``train`` that becomes them.
+        test: for the last measurement.
+        levels: of a discrete variable, the number of its values; None of a continuous one.
+        entropy: in nats, where the truth is known.
+    """
+
+    train: Tensor
+    validation: Tensor | float
+    test: Tensor
+    levels: int | None = None
+    entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration that was read: its sections, each a table of plain values.
+
+    Attributes:
+        source: the file that it was read from, for messages.
+        data: ``name``, a toy density, a set of images or a table, and for toys the number of ``points``; or ``file``, a
+            file of points, one a row, ``.npy`` or ``.csv``.
+        model: ``name``, one of the presets, and options of it.
+        loss: ``kind``, ``"likelihood"`` or ``"flow_matching"``; for the first ``penalties``, and of models with a CNF
+            the ``grid`` of the training's solves, ``"frozen"``, ``"uniform"``, ``"jittered"`` or ``"adaptive"``, with
+            options of it and of :class:`cnfkit.Solve`.
+        training: options of :func:`cnfkit.fit`.
+        evaluation: options of :class:`cnfkit.Solve`, for all that is measured.
+    """
+
+    source: str
+    data: dict
+    model: dict
+    loss: dict
+    training: dict
+    evaluation: dict
+
+    @classmethod
+    def of(cls, text: str, source: str) -> Config:
+        """The configuration in a TOML text.
+
+        Raises:
+            ConfigError: if it is no TOML, or an entry is missing, unknown, or a table where none is wanted.
+        """
+        try:
+            content = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source} is no TOML file: {error}") from None
+        return cls.from_dict(content, source)
+
+    @classmethod
+    def from_dict(cls, content: dict, source: str) -> Config:
+        """The configuration of a table of sections, as :meth:`as_dict` gives it; raises as :meth:`of`."""
+        sections = {section.name: {} for section in fields(cls) if section.name != "source"}
+        _require_known(source, "a section", content, sections)
+        for name, section in content.items():
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: {name} is {section!r}; wanted a section, [{name}]")
+            sections[name] = section
+        config = cls(source, **sections)
+        _require_known(source, "[data]", config.data, ("name", "file", "points"))
+        _require_known(source, "[training]", config.training, _options(fit) - OURS)
+        _require_known(source, "[evaluation]", config.evaluation, SOLVE)
+        if "steps" not in config.training:
+            raise ConfigError(f"{source}: [training] has no steps; wanted their number")
+        usual = {name: option.default for name, option in inspect.signature(fit).parameters.items()}
+        config.call("training", require_settings, usual | config.training)
+        name = config.choice("model", "name", PRESETS)
+        _require_known(source, f"[model] of the name {name!r}", config.model, {"name"} | _options(PRESETS[name]))
+        return config
+
+    def as_dict(self) -> dict:
+        """The sections, as JSON can hold them."""
+        return {section.name: getattr(self, section.name) for section in fields(self) if section.name != "source"}
+
+    def choice(self, section: str, entry: str, known: Iterable[str], default: str | None = None) -> str:
+        """An entry that must be one of some names."""
+        value = getattr(self, section).get(entry, default)
+        if value not in list(known):
+            came = "missing" if value is None else repr(value)
+            raise ConfigError(f"{self.source}: [{section}] {entry} is {came}; wanted one of {', '.join(known)}")
+        return value
+
+    def points(self) -> Points:
+        """The data, drawn or loaded.
+
+        Raises:
+            ConfigError: if there are none of that name, or the file does not hold points.
+            OSError, ValueError: as the function that loads them.
+        """
+        if ("name" in self.data) == ("file" in self.data):
+            raise ConfigError(f"{self.source}: [data] has {list(self.data)}; wanted a name or a file, one of the two")
+        if "file" in self.data:
+            return _from_file(self.source, self.data["file"])
+        name = self.choice("data", "name", [*DENSITIES, *IMAGES, *sets.TABLES])
+        if name in DENSITIES:
+            n, truth = self.data.get("points", 20_000), sets.toy_density(name)
+            if isinstance(n, bool) or not isinstance(n, int) or n < 10:
+                raise ConfigError(f"{self.source}: [data] points is {n!r}; wanted a whole number of at least 10")
+            sizes = {0: n, 1: min(n, 2000), 2: 5000}
+            parts = [truth.sample(size, torch.Generator().manual_seed(seed)) for seed, size in sizes.items()]
+            return Points(*parts, entropy=truth.entropy())
+        if "points" in self.data:
+            raise ConfigError(f"{self.source}: [data] has points, but {name} is not drawn; leave them out")
+        if name in IMAGES:
+            images = IMAGES[name]()
+            return Points(images.train, 0.1, images.test, levels=images.levels)
+        table = sets.table(name)
+        return Points(table.train, table.validation, table.test)
+
+    def built(self, points: Points, seed: int) -> Flow | Dequantised:
+        """The model for the data, with weights that are a function of the seed, and of the data for actnorm."""
+        options = {name: value for name, value in self.model.items() if name != "name"}
+        shape = tuple(points.train.shape[1:])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            flow = self.call("model", preset, self.model["name"], shape, **options)
+        first, generator = points.train[:1000], torch.Generator().manual_seed(seed)
+        if points.levels is None:
+            model = flow
+        else:
+            model = Dequantised(flow, UniformDequantiser(points.levels))
+            first = model.dequantiser(first, generator)[0]
+        if any(type(layer).__name__ == "ActNorm" for layer in flow.modules()):
+            flow.initialize(first)
+        return model
+
+    def loss_of(self, model: Flow | Dequantised) -> nn.Module:
+        """The loss that trains the model."""
+        kind = self.choice("loss", "kind", ("likelihood", "flow_matching"), "likelihood")
+        options = {name: value for name, value in self.loss.items() if name != "kind"}
+        if kind == "flow_matching":
+            _require_known(self.source, "[loss] of the kind 'flow_matching'", options, ("pairing", "pairing_batch"))
+            return self.call("loss", FlowMatching, model, **options, evaluation=self.solve())
+        own = {"unit": options.pop("unit", "bits" if isinstance(model, Dequantised) else "nats")}
+        own |= {"penalties": options.pop("penalties", {}), "evaluation": self.solve()}
+        if any(isinstance(part, CNF) for part in model.modules()):
+            name = self.choice("loss", "grid", GRIDS, "frozen")
+            options.pop("grid", None)
+            make = GRIDS[name]
+            known = SOLVE | (_options(make) - {"options"}) if name != "adaptive" else SOLVE
+            _require_known(self.source, f"[loss] with the grid {name!r}", options, known)
+            own["solve"] = self.call("loss", make, **options)
+        else:
+            _require_known(self.source, "[loss] of a model without a CNF", options, ("trace", "probes", "noise"))
+            own["solve"] = self.call("loss", Solve, **options)
+        return self.call("loss", NegativeLogLikelihood, model, **own)
+
+    def solve(self) -> Solve:
+        """How everything is measured."""
+        return self.call("evaluation", Solve, **self.evaluation)
+
+    def call(self, section: str, make: Callable, *arguments, **options):
+        """What a section describes; what is wrong with it is said with the section's name."""
+        try:
+            return make(*arguments, **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.source}: [{section}]: {error}") from None
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: of that path, or one that comes with cnfkit, by its name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path, own = Path(name), FOLDER / f"{name}.toml"
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if own.is_file():
+        return own
+    raise ConfigError(f"CONFIG is {str(name)!r}; wanted a TOML file, or one of {', '.join(own_configs())}")
+
+
+def own_configs() -> list[str]:
+    """The names of the configurations that come with cnfkit."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def _uniform(steps: int, method: str = "rk4", **options) -> Solve:
+    return Solve(method=method, times=uniform_grid(steps), **options)
+
+
+GRIDS: dict[str, Callable] = {"frozen": FrozenGrid, "uniform": _uniform, "jittered": JitteredGrid, "adaptive": Solve}
+
+
+def _options(call: Callable) -> set[str]:
+    """The names of a callable's arguments that a configuration may give."""
+    return set(inspect.signature(call).parameters) - {"event_shape", "generator", "energies", "times"}
+
+
+SOLVE = _options(Solve)
+# arguments of fit that the commands give themselves
+OURS = {"loss", "data", "context", "validation", "checkpoint", "report", "stop", "progress"}
+
+
+def _require_known(source: str, what: str, came: Iterable[str], known: Iterable[str]) -> None:
+    for name in came:
+        if name not in known:
+            raise ConfigError(f"{source}: {what} has {name!r}; wanted {', '.join(sorted(known))}")
+
+
+def _from_file(source: str, name: str) -> Points:
+    """Points of one's own: a tenth for validation, a tenth for the test, of a split that is fixed."""
+    import numpy as np
+
+    path = Path(name)
+    if path.suffix not in (".npy", ".csv"):
+        raise ConfigError(f"{source}: [data] file is {name!r}; wanted points in a .npy or .csv file")
+    if not path.is_file():
+        raise ConfigError(f"{source}: [data] file is {name!r}, which is not there (seen from {Path.cwd().name}/)")
+    try:
+        if path.suffix == ".npy":
+            rows = np.load(path, allow_pickle=False)
+        else:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if not lines:
+                raise ValueError("it is empty")
+            named = not _all_numbers(lines[0].split(","))
+            rows = np.loadtxt(lines[named:], delimiter=",", ndmin=2)
+        x = torch.from_numpy(rows.astype(np.float32))
+    except (ValueError, OSError, TypeError) as error:
+        raise ConfigError(f"{source}: [data] file {name!r} does not hold points: {error}") from None
+    if x.dim() != 2 or len(x) < 20 or not x.isfinite().all():
+        raise ConfigError(
+            f"{source}: [data] file {name!r} holds numbers of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of "
+            "them not finite; wanted at least 20 rows of finite numbers, a point each"
+        )
+    held_out = len(x) // 10
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    return Points(x[2 * held_out :], x[:held_out], x[held_out : 2 * held_out])
+
+
+def _all_numbers(cells: list[str]) -> bool:
+    try:
+        [float(cell) for cell in cells]
+    except ValueError:
+        return False
+    return True
