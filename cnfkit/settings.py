@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -71,6 +72,11 @@ def data_folder() -> Path:
 def live() -> bool:
     """Whether figures may show live ipywidgets controls: in a notebook's kernel, unless ``CNFKIT_LIVE=0``."""
     return in_kernel() and switch("CNFKIT_LIVE", default=True)
+
+
+def progress() -> bool:
+    """Whether long work shows a bar: in a terminal or notebook, unless ``CNFKIT_PROGRESS=0``."""
+    return switch("CNFKIT_PROGRESS", default=in_kernel() or sys.stderr.isatty())
 
 
 def in_kernel() -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cnfkit import settings
 from cnfkit.run import History, Run
-from cnfkit.settings import in_kernel, switch
 
 
 def fit(
@@ -106,7 +105,7 @@ def fit(
         records=records,
         seed=seed,
     )
-    shown = progress if progress is not None else _progress_is_wanted()
+    shown = progress if progress is not None else settings.progress()
     with tqdm(total=steps, initial=run.step, disable=not shown, leave=False, unit="step") as bar:
         try:
             while not run.finished:
@@ -128,10 +127,6 @@ def fit(
             raise
     run.keep_best()
     return run.history
-
-
-def _progress_is_wanted() -> bool:
-    return switch("CNFKIT_PROGRESS", default=in_kernel() or sys.stderr.isatty())
 
 
 def _summary(history: History) -> str:

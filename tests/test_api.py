@@ -24,6 +24,8 @@ PAGES = {page.stem: api.modules_on(page) for page in sorted((BOOK / "api").glob(
 
 # What has no example, and why. Nor have abstract classes, and figures, which show nothing outside a notebook.
 NO_EXAMPLE = {
+    "cnfkit.cifar10": "its files are not everywhere",
+    "cnfkit.fashion_mnist": "its files are not everywhere",
     "cnfkit.mnist": "its files are not everywhere",
     "cnfkit.retrain": "a switch of the environment",
     "cnfkit.trained": "a chapter's weights, or that switch",

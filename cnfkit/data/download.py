@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import http.client
 import os
-import sys
 import tarfile
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import BinaryIO
 
 from tqdm.auto import tqdm
 
-from cnfkit.settings import data_folder, in_kernel, switch
+from cnfkit.settings import data_folder, progress
 
 try:
     import fcntl
@@ -211,6 +210,5 @@ def member(path: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def progress_bar(name: str, **options) -> tqdm:
-    """A bar for what takes long, in a terminal or notebook, unless ``CNFKIT_PROGRESS=0``."""
-    shown = switch("CNFKIT_PROGRESS", default=in_kernel() or sys.stderr.isatty())
-    return tqdm(desc=name, disable=not shown, leave=False, **options)
+    """A bar for what takes long."""
+    return tqdm(desc=name, disable=not progress(), leave=False, **options)
