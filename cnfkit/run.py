@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from cnfkit import checkpoint as files
 from cnfkit.arguments import as_count, check_positive
+from cnfkit.rows import fingerprint, require_rows, seeded, split
 from cnfkit.shards import parts
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -68,7 +68,7 @@ class Run:
             raise TypeError(
                 f"loss is a {type(loss).__name__}; wanted a loss module, such as NegativeLogLikelihood(flow)"
             )
-        data = _require_rows(data, ("data", "context"))
+        data = require_rows(data, ("data", "context"))
         self.settings = require_settings(settings)
         if checkpoint is not None and Path(checkpoint).is_dir():
             raise ValueError(f"checkpoint is {str(checkpoint)!r}, a folder; wanted a file")
@@ -77,12 +77,12 @@ class Run:
             raise ValueError("loss has no parameters to train")
         self.loss, self.checkpoint, self.seed, self.steps = loss, checkpoint, settings["seed"], settings["steps"]
         self.device = next(iter(self.parameters.values())).device
-        train, held_out = _split(data, validation, self.seed)
+        train, held_out = split(data, validation, self.seed)
         if settings["patience"] is not None and not held_out:
             raise ValueError("patience is given, but validation is 0; wanted held-out points to judge by")
         self.settings["batch"] = min(settings["batch"], len(train[0]))
         if checkpoint is not None:
-            self.settings |= {"data": _fingerprint(train), "validation": _fingerprint(held_out)}
+            self.settings |= {"data": fingerprint(train), "validation": fingerprint(held_out)}
         self.train, self.held_out = ([part.detach().to(self.device) for part in rows] for rows in (train, held_out))
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings["lr"])
         self.history, self.step, self.best, self.rate = History(), 0, {}, 1.0
@@ -127,7 +127,7 @@ class Run:
     def update(self) -> None:
         """The loss of the next batch, and what the optimiser makes of it."""
         points, *context = self.next_batch()
-        loss, terms = self.call(points, context, _generator(self.seed, "noise", self.step))
+        loss, terms = self.call(points, context, seeded(self.seed, "noise", self.step))
         self.failed |= ~loss.detach().isfinite()
         if self.device.type == "cpu" or self.step % LOOKS_ON_DEVICE == 0:
             self.require_finite(f"the loss is {loss.item()}" if self.failed else "")
@@ -152,7 +152,7 @@ class Run:
         n, batch = len(self.train[0]), self.settings["batch"]
         epoch, position = divmod(self.step, n // batch)
         if self.order[0] != epoch:
-            order = torch.randperm(n, generator=_generator(self.seed, "order", epoch))
+            order = torch.randperm(n, generator=seeded(self.seed, "order", epoch))
             self.order = epoch, order.to(self.device)
         rows = self.order[1][position * batch : (position + 1) * batch]
         return [part[rows] for part in self.train]
@@ -217,7 +217,7 @@ class Run:
         """The validation loss, and the error of the training's solver; None without held-out points."""
         if not self.held_out:
             return None
-        generator, total = _generator(self.seed, "validation", 0), 0.0
+        generator, total = seeded(self.seed, "validation", 0), 0.0
         size, n = max(self.settings["batch"], 512), len(self.held_out[0])
         was_training = self.loss.training
         with self.averaged():
@@ -227,7 +227,7 @@ class Run:
                     total += self.call(points, context, generator)[0].item() * len(points)
                 measure = getattr(self.loss, "solver_error", None)
                 rows = [part[:WATCHED] for part in self.held_out]
-                error = measure(*rows, generator=_generator(self.seed, "solver", 0)) if measure else None
+                error = measure(*rows, generator=seeded(self.seed, "solver", 0)) if measure else None
             finally:
                 self.loss.train(was_training)
         return total / n, error
@@ -311,59 +311,6 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
-
-
-def _generator(seed: int, purpose: str, k: int) -> torch.Generator:
-    """The generator of one purpose at one step: a function of its arguments alone, so nothing need be saved."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {k}".encode()))
-
-
-def _split(data: tuple[Tensor, ...], validation, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The rows that are trained on, and those that are held out, none perhaps."""
-    n = len(data[0])
-    if isinstance(validation, Tensor | tuple | list):
-        held_out = _require_rows(validation, ("validation", "validation's context"))
-        if len(held_out) != len(data):
-            came, wanted = ("points and a context" if len(rows) > 1 else "points alone" for rows in (held_out, data))
-            raise ValueError(f"validation has {came}; wanted {wanted}, as the data are given")
-        for name, came, wanted in zip(("points", "context"), held_out, data, strict=False):
-            if came.shape[1:] != wanted.shape[1:]:
-                raise ValueError(
-                    f"validation has {name} of shape {tuple(came.shape[1:])}; data of {tuple(wanted.shape[1:])}"
-                )
-        return data, held_out
-    if isinstance(validation, bool) or not isinstance(validation, int | float) or not 0 <= validation < 1:
-        raise ValueError(f"validation is {validation!r}; wanted a fraction in [0, 1), or held-out points")
-    size = int(n * validation)
-    if validation and not size:
-        raise ValueError(f"validation is {validation!r} of {n} points, none; wanted 0, or more of them")
-    order = torch.randperm(n, generator=_generator(seed, "split", 0))
-    train, held_out = ([part[rows.to(part.device)] for part in data] for rows in (order[size:], order[:size]))
-    return train, held_out if size else ()
-
-
-def _fingerprint(rows: tuple[Tensor, ...]) -> str:
-    """Shapes and checksums: a run must not go on with other data than it began with."""
-    content = [zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()) for part in rows]
-    return ", ".join(f"{tuple(part.shape)} {crc:08x}" for part, crc in zip(rows, content, strict=True))
-
-
-def _require_rows(rows: Tensor | tuple[Tensor, ...], names: tuple[str, str]) -> tuple[Tensor, ...]:
-    """Points, and their contexts if there are any, or an error that says what is wrong with them."""
-    rows = tuple(rows) if isinstance(rows, tuple | list) else (rows,)
-    if not 1 <= len(rows) <= 2:
-        raise ValueError(f"{names[0]} has {len(rows)} members; wanted points, or points and their context")
-    for name, part in zip(names, rows, strict=False):
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name} is a {type(part).__name__}; wanted a torch.Tensor of shape (n, *event_shape)")
-        if part.dim() < 2 or not len(part):
-            raise ValueError(f"{name} has shape {tuple(part.shape)}; wanted (n, *event_shape) with n at least 1")
-        if len(part) != len(rows[0]):
-            raise ValueError(f"{name} has {len(part)} rows; wanted {len(rows[0])}, one for each of the points")
-        if part.is_floating_point() and not (finite := part.isfinite()).all():
-            bad = (~finite).flatten(1).any(1)
-            raise ValueError(f"{name}: {int(bad.sum())} of {len(part)} points hold NaN or infinite entries")
-    return rows
 
 
 def require_settings(settings: dict) -> dict:
