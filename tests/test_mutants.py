@@ -10,6 +10,7 @@ from cnfkit import (
     MLP,
     Affine,
     AffineLU,
+    Arcsinh,
     Autoregressive,
     Beta,
     CheckFailed,
@@ -17,6 +18,7 @@ from cnfkit import (
     Coordinatewise,
     Coupling,
     Diagonal,
+    Elementwise,
     Flatten,
     Flow,
     Inverse,
@@ -35,6 +37,7 @@ from cnfkit import (
     mask,
 )
 from cnfkit.bijections.base import sum_event
+from cnfkit.bijections.inversion import solve_increasing
 
 INVERSE = "the inverse undoes the map"
 CANCEL = "both log-determinants cancel"
@@ -468,3 +471,56 @@ def test_flow_contract_catches_in_many_dimensions(name):
 @pytest.mark.parametrize("kind", [Beta, NormalMixture])
 def test_what_those_mutants_break_is_whole(kind, d):
     flow_contract(Flow(Beta(d, 2.0, 3.0), Inverse(Logit(d))) if kind is Beta else Flow(mixture(kind, d), Diagonal(d)))
+
+
+# Maps of one number, coordinate by coordinate
+
+
+class Wave(Elementwise):
+    """x + a sin x, solved as if it increased: it does so for a < 1."""
+
+    def __init__(self, a):
+        super().__init__(2)
+        self.a = a
+
+    def function(self, x):
+        return x + self.a * x.sin()
+
+    def inverse_function(self, z):
+        return solve_increasing(lambda x: (self.function(x), self.log_derivative(x, z)), z, z - self.a, z + self.a)
+
+    def log_derivative(self, x, z):
+        return (1 + self.a * x.cos()).abs().log()  # the absolute value hides the folds
+
+
+class SameCoordinate(Arcsinh):
+    """The first coordinate in every place."""
+
+    def _forward(self, x, context, solve):
+        return super()._forward(x[..., :1].expand_as(x), context, solve)
+
+
+@pytest.mark.parametrize("bijection", [Wave(2.0), SameCoordinate(2)], ids=["folds", "same coordinate"])
+def test_contract_catches_an_elementwise_map(bijection):
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(bijection, torch.linspace(-4, 4, 12).view(6, 2))
+    assert str(failed.value).startswith(f"✗ {INVERSE}: measured ")
+
+
+def test_a_lower_wave_is_whole():
+    bijection_contract(Wave(0.9), torch.linspace(-4, 4, 12).view(6, 2))
+
+
+class WeightsOneByOne(NormalMixture):
+    """Each weight lies between 0 and 1, and nobody sees to it that they add up to 1."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.log_weights = nn.functional.logsigmoid(self.log_weights)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_flow_contract_catches_weights_that_are_chosen_one_by_one(d):
+    """It may report any likelihood: the mass alone shows it."""
+    with pytest.raises(CheckFailed, match=r"^✗ the density integrates to 1"):
+        flow_contract(Flow(mixture(WeightsOneByOne, d), Diagonal(d)))
