@@ -102,6 +102,10 @@ lab: $(SETUP) ## open JupyterLab on the notebooks, trusted
 notebooks: $(SETUP) ## execute the notebooks again from their text twins (CHAPTERS="01 06": only these)
 	@$(PY) book/execute.py -j 2 $(CHAPTERS)
 
+.PHONY: pages
+pages: $(SETUP) ## run the code of the book's pages, and write what it prints
+	@$(PY) book/pages.py
+
 .PHONY: card
 card: $(SETUP) ## list the published weights again, after a chapter was retrained
 	@$(PY) book/make_card.py

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,10 +89,14 @@ def write_json(path: Path, results: dict) -> None:
 
 
 def write() -> None:
-    """Bring tables and figures of the page up to date."""
+    """Bring tables and figures of the page up to date, and the numbers of the page on choosing."""
     results = read()
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
     pictures.draw(results, RESULTS)
+    sys.path.insert(0, str(PAGE.parent))
+    import measured  # it reads these results
+
+    measured.write()
 
 
 if __name__ == "__main__":

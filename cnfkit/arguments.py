@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def as_order(order: Iterable[int] | None, size: int, reverse: bool = False) -> l
 
 def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a positive number."""
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; wanted a positive number")
 
 

@@ -33,6 +33,13 @@ def put(path: Path, data: bytes) -> None:
         raise
 
 
+def remove_drafts(path: Path) -> None:
+    """Remove what writers of ``path`` left that were killed; nobody else may be writing it."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        if draft.suffix[1:].isdigit():
+            draft.unlink(missing_ok=True)
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     """Wait until nobody else is here in this folder; yields whether that is so.

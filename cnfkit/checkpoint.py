@@ -60,11 +60,7 @@ def save(path: str | Path, module: nn.Module, /, **facts) -> None:
     {'seed': 0}
     """
     require_module(module)
-    for name, fact in facts.items():
-        try:
-            json.dumps(fact)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{name} is {fact!r:.60}; wanted a fact that JSON can hold: {error}") from None
+    require_facts(facts)
     write(path, module.state_dict(), {"facts": facts, "model": describe(module)}, SHARD)
 
 
@@ -185,6 +181,15 @@ def require_module(module: nn.Module) -> None:
     """Raise unless it is one."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; wanted a torch.nn.Module")
+
+
+def require_facts(facts: dict) -> None:
+    """Raise unless JSON can hold them."""
+    for name, fact in facts.items():
+        try:
+            json.dumps(fact)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} is {fact!r:.60}; wanted a fact that JSON can hold: {error}") from None
 
 
 def _form(tensor: Tensor) -> tuple[tuple[int, ...], str]:

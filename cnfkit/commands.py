@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cnfkit import figures
-from cnfkit.atomic import put
+from cnfkit.atomic import put, remove_drafts
 from cnfkit.checkpoint import CheckpointError, inspect, load, save
-from cnfkit.config import Config, ConfigError, Points, find_config
+from cnfkit.config import FIT, Config, ConfigError, Points, find_config
 from cnfkit.dequantise import Dequantised
 from cnfkit.evaluation import Evaluation
 from cnfkit.evaluation import evaluate as measure
 from cnfkit.flow import Flow
+from cnfkit.rows import fingerprint
 from cnfkit.run import History
 from cnfkit.settings import device
 from cnfkit.shards import parts
@@ -42,55 +43,64 @@ def train(config: str, output: str | None = None, resume: bool = False, minutes:
         The exit status: 0, or 128 and the number of the signal that ended the run before its time.
     """
     began, path = time.monotonic(), find_config(config)
-    text = path.read_text(encoding="utf-8")
-    settings = Config.of(text, path.name)
+    settings = Config.read(path)
     folder = Path(output) if output else Path("runs") / path.stem
     _require_free(folder, settings, resume)
-    where, seed = device(), settings.training.get("seed", 0)
-    points = settings.points()
-    model = settings.built(points, seed).to(where)
+    where, points = device(), settings.points()
+    model = settings.built(points).to(where)
     loss = settings.loss_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    put(folder / CONFIG, text.encode())
+    for name in (CONFIG, LOG, CURVES):
+        remove_drafts(folder / name)
+    put(folder / CONFIG, path.read_bytes())
     log = Log(folder / LOG, resume, began)
     print(f"{path.name}: {len(points.train)} points, {_count(model)} parameters, on {where.type}; writes to {folder}/")
+    facts = {"config": settings.as_dict(), "event_shape": points.train.shape[1:], "levels": points.levels}
+    facts["data"] = fingerprint((points.train, points.test))
 
     with signals() as came:
-        history = fit(
-            loss,
-            points.train,
-            validation=points.validation,
-            checkpoint=folder / RUN,
-            report=log.write,
-            stop=lambda: bool(came) or (minutes is not None and time.monotonic() - began >= 60 * minutes),
-            **settings.training,
-        )
-    step, steps = _last_step(folder), settings.training["steps"]
-    facts = {"step": step, "history": asdict(history), "seconds": log.seconds()}
-    if came:
-        save(folder / WEIGHTS, model, config=settings.as_dict(), **facts)
-        print(f"stopped at step {step} of {steps} by {signal.Signals(came[0]).name}; {_how_to_go_on(config, output)}")
-        return 128 + came[0]
-    draw_curves(history, folder / CURVES)
+        try:
+            history = fit(
+                loss,
+                points.train,
+                validation=points.validation,
+                checkpoint=folder / RUN,
+                report=log.write,
+                stop=lambda: bool(came) or (minutes is not None and time.monotonic() - began >= 60 * minutes),
+                **settings.training,
+            )
+        except FloatingPointError:  # the model has the weights that did best before
+            save(folder / WEIGHTS, model, **facts, seconds=log.seconds())
+            raise
+    facts |= {"history": asdict(history), "seconds": log.seconds()}
+    save(folder / WEIGHTS, model, **facts)
+    if history.steps:
+        draw_curves(history, folder / CURVES)
+    step = f"step {inspect(folder / RUN).facts['step']} of {settings.training['steps']}"
+    if history.ended == "stop":
+        why = f" by {signal.Signals(came[0]).name}" if came else ""
+        print(f"stopped{why} at {step}; {_how_to_go_on(config, output)}")
+        return 128 + came[0] if came else 0
     result = _measured(model, points, settings)
-    save(folder / WEIGHTS, model, config=settings.as_dict(), **facts, test=asdict(result))
-    early = "" if step >= steps or _is_out_of_patience(settings, history) else f"; {_how_to_go_on(config, output)}"
-    print(f"step {step} of {steps}, weights of step {history.best_step}{early}")
+    save(folder / WEIGHTS, model, **facts, test=asdict(result))
+    print(f"{step}, weights of step {history.best_step}")
     print(_said(result, points))
     return 0
 
 
 def evaluate(config: str, output: str | None = None, rows: int | None = None) -> int:
     """Print the likelihood of the test points under the weights of a run."""
-    model, settings, _ = restored(config, output)
+    model, settings, facts, _ = restored(config, output)
     points = settings.points()
+    if "file" in settings.data and fingerprint((points.train, points.test)) != facts["data"]:
+        raise ConfigError(f"{settings.data['file']} is not the file that the model was trained on; wanted the same")
     print(_said(_measured(model, points, settings, rows), points))
     return 0
 
 
 def sample(config: str, output: str | None = None, n: int = 1000, seed: int = 0, to: str | None = None) -> int:
     """Write samples into a file, and a picture of them where there is one to draw."""
-    model, settings, folder = restored(config, output)
+    model, settings, _, folder = restored(config, output)
     path = Path(to) if to else folder / "samples.npy"
     if path.suffix not in (".npy", ".csv"):
         raise ConfigError(f"to is {str(path)!r}; wanted a .npy or .csv file")
@@ -112,22 +122,29 @@ def sample(config: str, output: str | None = None, n: int = 1000, seed: int = 0,
     return 0
 
 
-def restored(config: str, output: str | None) -> tuple[Flow | Dequantised, Config, Path]:
-    """The model of a run with its weights, and where it lies: from a configuration's name, a folder or a file."""
-    path = Path(config)
+def restored(config: str, output: str | None) -> tuple[Flow | Dequantised, Config, dict, Path]:
+    """The model of a run with its weights, its configuration and facts, and the folder where it lies.
+
+    ``config`` is the run's folder, its weights, or the file or the name of a configuration; that file then says how the
+    model is evaluated.
+    """
+    path, evaluation = Path(config), None
     if path.is_dir():
         path = path / WEIGHTS
     elif path.suffix != ".safetensors":
-        path = Path(output or Path("runs") / find_config(config).stem) / WEIGHTS
+        file = find_config(config)
+        path, evaluation = Path(output or Path("runs") / file.stem) / WEIGHTS, Config.read(file).evaluation
     if not parts(path):
         raise FileNotFoundError(f"no weights at {path}; train first: python -m cnfkit train {config}")
-    about = inspect(path)
-    if "config" not in about.facts:
+    facts = inspect(path).facts
+    if not {"config", "event_shape", "levels"} <= set(facts):
         raise CheckpointError(f"{path} has no configuration inside; wanted the {WEIGHTS} of a run")
-    settings = Config.from_dict(about.facts["config"], str(path))
-    model = settings.built(settings.points(), settings.training.get("seed", 0))
+    settings = Config.from_dict(facts["config"], str(path))
+    if evaluation is not None:
+        settings = replace(settings, evaluation=evaluation)
+    model = settings.shaped(facts["event_shape"], facts["levels"])
     load(path, model)
-    return model.to(device()).eval(), settings, path.parent
+    return model.to(device()).eval(), settings, facts, path.parent
 
 
 class Log:
@@ -165,8 +182,8 @@ def draw_curves(history: History, path: Path) -> None:
     lower = {"solver error": history.solver_error, "evaluations": history.terms.get("evaluations", [])}
     lower = {name: values for name, values in lower.items() if len(set(values)) > 1}
     with plt.rc_context(figures.STYLE):
-        fig, axes = plt.subplots(1 + len(lower), 1, figsize=(7, 3.2 + 1.8 * len(lower)), sharex=True, squeeze=False)
-        top, *others = axes[:, 0]
+        fig = Figure(figsize=(7, 3.2 + 1.8 * len(lower)))  # no pyplot: it would want a display
+        top, *others = fig.subplots(1 + len(lower), 1, sharex=True, squeeze=False)[:, 0]
         top.plot(history.steps, history.train, color=figures.CYCLE[0], label="training")
         if history.validation:
             top.plot(history.steps, history.validation, color=figures.CYCLE[1], label="held out")
@@ -177,7 +194,7 @@ def draw_curves(history: History, path: Path) -> None:
             ax.set_ylabel(name)
             if name == "solver error" and min(values) > 0:
                 ax.set_yscale("log")
-        axes[-1, 0].set_xlabel("step")
+        fig.axes[-1].set_xlabel("step")
         put_picture(path, fig)
 
 
@@ -185,12 +202,12 @@ def draw_samples(x: Tensor, model: Flow | Dequantised) -> Figure | None:
     """A picture of samples, if they are points of the plane or images."""
     with plt.rc_context(figures.STYLE):
         if x.shape[1:] == (2,):
-            fig, ax = plt.subplots(figsize=(5, 5))
-            figures.points(ax, x)
+            fig = Figure(figsize=(5, 5))
+            figures.points(fig.subplots(), x)
             return fig
         if x.dim() == 4 and x.shape[1] in (1, 3) and isinstance(model, Dequantised):
-            fig, ax = plt.subplots(figsize=(6, 6))
-            figures.images(ax, x[:100], levels=model.dequantiser.levels)
+            fig = Figure(figsize=(6, 6))
+            figures.images(fig.subplots(), x[:100], levels=model.dequantiser.levels)
             return fig
     return None
 
@@ -218,31 +235,31 @@ def put_picture(path: Path, fig: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
     content = io.BytesIO()
     fig.savefig(content, format="png", dpi=130)
-    plt.close(fig)
     put(path, content.getvalue())
 
 
 def _require_free(folder: Path, settings: Config, resume: bool) -> None:
     """Raise if the folder holds a run that would be lost, or one of another configuration."""
-    if not (folder / RUN).is_file():
+    if not parts(folder / RUN):
         return
     if not resume:
         raise ConfigError(f"{folder} holds a run; --resume goes on with it, --output takes another folder")
-    if not (folder / CONFIG).is_file():
-        return
-    before = Config.of((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG)).as_dict()
+    before = Config.read(folder / CONFIG).as_dict()
     for section, now in settings.as_dict().items():
+        usual = FIT if section == "training" else {}
         for name in {**before[section], **now}:
-            if section != "evaluation" and before[section].get(name) != now.get(name):
+            came, wanted = (part.get(name, usual.get(name)) for part in (before[section], now))
+            if came != wanted:
                 raise ConfigError(
-                    f"{folder} holds a run with [{section}] {name} = {before[section].get(name)!r}, now it is "
-                    f"{now.get(name)!r}; --output takes another folder"
+                    f"{folder} holds a run with [{section}] {name} = {came!r}, now it is {wanted!r}; --output takes "
+                    "another folder, or delete this one"
                 )
 
 
 def _measured(model, points: Points, settings: Config, rows: int | None = None) -> Evaluation:
     test = points.test[:rows].to(next(model.parameters()).device)
-    return measure(model, test, solve=settings.solve(), rows=200 if test.dim() == 2 else 32)
+    solve = replace(settings.solve(), generator=torch.Generator().manual_seed(0))  # the same noise each time
+    return measure(model, test, solve=solve, rows=200 if test.dim() == 2 else 32)
 
 
 def _said(result: Evaluation, points: Points) -> str:
@@ -252,15 +269,6 @@ def _said(result: Evaluation, points: Points) -> str:
 
 def _count(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _last_step(folder: Path) -> int:
-    return inspect(folder / RUN).facts["step"]
-
-
-def _is_out_of_patience(settings: Config, history: History) -> bool:
-    patience = settings.training.get("patience")
-    return patience is not None and len(history.steps) - history.steps.index(history.best_step) - 1 >= patience
 
 
 def _how_to_go_on(config: str, output: str | None) -> str:

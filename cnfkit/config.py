@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cnfkit import data as sets
+from cnfkit.bijections.affine import Standardize
+from cnfkit.bijections.base import Chain
 from cnfkit.data.toy import DENSITIES
 from cnfkit.dequantise import Dequantised, UniformDequantiser
 from cnfkit.flow import Flow
@@ -58,7 +61,7 @@ class Config:
     Attributes:
         source: the file that it was read from, for messages.
         data: ``name``, a toy density, a set of images or a table, and for toys the number of ``points``; or ``file``, a
-            file of points, one a row, ``.npy`` or ``.csv``.
+            file of points, one a row, ``.npy`` or ``.csv``, which the model standardises itself.
         model: ``name``, one of the presets, and options of it.
         loss: ``kind``, ``"likelihood"`` or ``"flow_matching"``; for the first ``penalties``, and of models with a CNF
             the ``grid`` of the training's solves, ``"frozen"``, ``"uniform"``, ``"jittered"`` or ``"adaptive"``, with
@@ -73,6 +76,14 @@ class Config:
     loss: dict
     training: dict
     evaluation: dict
+
+    @classmethod
+    def read(cls, path: Path) -> Config:
+        """The configuration in a file; raises as :meth:`of`, and an ``OSError`` if it cannot be read."""
+        try:
+            return cls.of(path.read_text(encoding="utf-8"), path.name)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is no TOML file: {error}") from None
 
     @classmethod
     def of(cls, text: str, source: str) -> Config:
@@ -102,8 +113,7 @@ class Config:
         _require_known(source, "[evaluation]", config.evaluation, SOLVE)
         if "steps" not in config.training:
             raise ConfigError(f"{source}: [training] has no steps; wanted their number")
-        usual = {name: option.default for name, option in inspect.signature(fit).parameters.items()}
-        config.call("training", require_settings, usual | config.training)
+        config.call("training", require_settings, FIT | config.training)
         name = config.choice("model", "name", PRESETS)
         _require_known(source, f"[model] of the name {name!r}", config.model, {"name"} | _options(PRESETS[name]))
         return config
@@ -147,22 +157,35 @@ class Config:
         table = sets.table(name)
         return Points(table.train, table.validation, table.test)
 
-    def built(self, points: Points, seed: int) -> Flow | Dequantised:
-        """The model for the data, with weights that are a function of the seed, and of the data for actnorm."""
-        options = {name: value for name, value in self.model.items() if name != "name"}
-        shape = tuple(points.train.shape[1:])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            flow = self.call("model", preset, self.model["name"], shape, **options)
-        first, generator = points.train[:1000], torch.Generator().manual_seed(seed)
-        if points.levels is None:
-            model = flow
+    def built(self, points: Points) -> Flow | Dequantised:
+        """The model for the data, with weights that are a function of the seed, and of the data for some layers."""
+        model = self.shaped(points.train.shape[1:], points.levels)
+        first = points.train
+        if isinstance(model, Dequantised):
+            flow, first = model.flow, model.dequantiser(first[:1000], torch.Generator().manual_seed(0))[0]
         else:
-            model = Dequantised(flow, UniformDequantiser(points.levels))
-            first = model.dequantiser(first, generator)[0]
+            flow = model
+        if self.own:  # in its own units, whatever they are
+            flow.bijection[0].load_state_dict(Standardize.of(first).state_dict())
         if any(type(layer).__name__ == "ActNorm" for layer in flow.modules()):
-            flow.initialize(first)
+            flow.initialize(first[:1000])
         return model
+
+    def shaped(self, event_shape: Sequence[int], levels: int | None) -> Flow | Dequantised:
+        """The model for points of a shape, whole numbers if they have levels, before it has seen any."""
+        options = {name: value for name, value in self.model.items() if name != "name"}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.get("seed", 0))
+            flow = self.call("model", preset, self.model["name"], tuple(event_shape), **options)
+        if self.own:
+            standardize = Standardize(torch.zeros(*event_shape), torch.ones(*event_shape))
+            flow = Flow(flow.base, Chain(standardize, flow.bijection))
+        return flow if levels is None else Dequantised(flow, UniformDequantiser(levels))
+
+    @property
+    def own(self) -> bool:
+        """Whether the data are a file of one's own, of any scale."""
+        return "file" in self.data
 
     def loss_of(self, model: Flow | Dequantised) -> nn.Module:
         """The loss that trains the model."""
@@ -170,7 +193,7 @@ class Config:
         options = {name: value for name, value in self.loss.items() if name != "kind"}
         if kind == "flow_matching":
             _require_known(self.source, "[loss] of the kind 'flow_matching'", options, ("pairing", "pairing_batch"))
-            return self.call("loss", FlowMatching, model, **options, evaluation=self.solve())
+            return self.call("loss", FlowMatching, model, **options)
         own = {"unit": options.pop("unit", "bits" if isinstance(model, Dequantised) else "nats")}
         own |= {"penalties": options.pop("penalties", {}), "evaluation": self.solve()}
         if any(isinstance(part, CNF) for part in model.modules()):
@@ -179,6 +202,8 @@ class Config:
             make = GRIDS[name]
             known = SOLVE | (_options(make) - {"options"}) if name != "adaptive" else SOLVE
             _require_known(self.source, f"[loss] with the grid {name!r}", options, known)
+            if name in ("uniform", "jittered") and "steps" not in options:
+                raise ConfigError(f"{self.source}: [loss] with the grid {name!r} has no steps; wanted their number")
             own["solve"] = self.call("loss", make, **options)
         else:
             _require_known(self.source, "[loss] of a model without a CNF", options, ("trace", "probes", "noise"))
@@ -208,7 +233,8 @@ def find_config(name: str | Path) -> Path:
         return path
     if own.is_file():
         return own
-    raise ConfigError(f"CONFIG is {str(name)!r}; wanted a TOML file, or one of {', '.join(own_configs())}")
+    absent = ", which is not there" if path.suffix == ".toml" else ""
+    raise ConfigError(f"CONFIG is {str(name)!r}{absent}; wanted a TOML file, or one of {', '.join(own_configs())}")
 
 
 def own_configs() -> list[str]:
@@ -225,10 +251,11 @@ GRIDS: dict[str, Callable] = {"frozen": FrozenGrid, "uniform": _uniform, "jitter
 
 def _options(call: Callable) -> set[str]:
     """The names of a callable's arguments that a configuration may give."""
-    return set(inspect.signature(call).parameters) - {"event_shape", "generator", "energies", "times"}
+    return set(inspect.signature(call).parameters) - {"event_shape", "context", "generator", "energies", "times"}
 
 
 SOLVE = _options(Solve)
+FIT = {name: option.default for name, option in inspect.signature(fit).parameters.items()}
 # arguments of fit that the commands give themselves
 OURS = {"loss", "data", "context", "validation", "checkpoint", "report", "stop", "progress"}
 
@@ -241,9 +268,7 @@ def _require_known(source: str, what: str, came: Iterable[str], known: Iterable[
 
 def _from_file(source: str, name: str) -> Points:
     """Points of one's own: a tenth for validation, a tenth for the test, of a split that is fixed."""
-    import numpy as np
-
-    path = Path(name)
+    path = Path(str(name))
     if path.suffix not in (".npy", ".csv"):
         raise ConfigError(f"{source}: [data] file is {name!r}; wanted points in a .npy or .csv file")
     if not path.is_file():
@@ -252,10 +277,10 @@ def _from_file(source: str, name: str) -> Points:
         if path.suffix == ".npy":
             rows = np.load(path, allow_pickle=False)
         else:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             if not lines:
                 raise ValueError("it is empty")
-            named = not _all_numbers(lines[0].split(","))
+            named = not any(map(_is_number, lines[0].split(",")))
             rows = np.loadtxt(lines[named:], delimiter=",", ndmin=2)
         x = torch.from_numpy(rows.astype(np.float32))
     except (ValueError, OSError, TypeError) as error:
@@ -270,9 +295,9 @@ def _from_file(source: str, name: str) -> Points:
     return Points(x[2 * held_out :], x[:held_out], x[held_out : 2 * held_out])
 
 
-def _all_numbers(cells: list[str]) -> bool:
+def _is_number(cell: str) -> bool:
     try:
-        [float(cell) for cell in cells]
+        float(cell)
     except ValueError:
         return False
     return True

@@ -147,6 +147,8 @@ class VariationalDequantiser(Dequantiser):
         noise, log_q = self.flow.rsample_and_log_prob(context=levels, generator=generator)
         if noise.shape != k.shape:
             raise ValueError(f"flow gives points of shape {tuple(noise.shape)}; wanted that of k, {tuple(k.shape)}")
+        if concrete(noise) and noise.isnan().any():
+            raise FloatingPointError("flow gives NaN for noise: its weights have run away; try a smaller lr")
         if concrete(noise) and not ((noise >= 0) & (noise <= 1)).all():
             raise ValueError("flow gives points outside the unit cube; begin its bijection with cnfkit.Logit, alpha=0")
         return noise, log_q
@@ -167,6 +169,7 @@ class Dequantised(nn.Module):
     Raises:
         TypeError: if an argument is of another kind.
         ValueError: on a call, if the points have not the right shape or values, or ``draws`` is no count.
+        FloatingPointError: on a call, if a dequantiser's flow gives NaN.
 
     >>> model = Dequantised(Flow(Uniform(3), Diagonal(3)), UniformDequantiser(2))
     >>> model.log_prob(torch.tensor([[0, 1, 1]])).exp()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -77,7 +78,7 @@ class NegativeLogLikelihood(nn.Module):
         for name, weight in (penalties or {}).items():
             if name not in ENERGIES:
                 raise ValueError(f"penalties has {name!r}; wanted {' or '.join(ENERGIES)}")
-            if not 0 <= weight < math.inf:
+            if not isinstance(weight, Real) or not 0 <= weight < math.inf:
                 raise ValueError(f"penalties has {name}: {weight!r}; wanted a weight of at least 0")
         self.model = model
         self.unit = unit
@@ -146,7 +147,9 @@ class NegativeLogLikelihood(nn.Module):
         training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
         tight = self.evaluation
         if training.times is None:  # or the two might be one and the same
-            tight = tight.within(min(training.tolerance, tight.tolerance or math.inf) / 10)
+            flow = self.model.flow if isinstance(self.model, Dequantised) else self.model
+            finest = 4 * torch.finfo(flow.base.like.dtype).eps  # that a solve accepts
+            tight = tight.within(max(min(training.tolerance, tight.tolerance or math.inf) / 10, finest))
         state = (generator or torch.default_generator).get_state()
 
         def nll(solve: Solve) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ class History:
             a validation split and the loss has one.
         terms: the mean of each of the loss's terms since the step before, by name.
         recovered: the steps that were not finite, at each of which the run went back.
+        ended: why the run did: all ``"steps"`` were taken, the ``"patience"`` was over, or ``"stop"`` said so.
         best_step: the step whose weights the model has now.
 
     >>> loss = NegativeLogLikelihood(Flow(Normal(1), Diagonal(1)))
@@ -51,6 +54,7 @@ class History:
     solver_error: list[float] = field(default_factory=list)
     terms: dict[str, list[float]] = field(default_factory=dict)
     recovered: list[int] = field(default_factory=list)
+    ended: str = ""
     best_step: int = 0
 
 
@@ -70,6 +74,8 @@ class Run:
             )
         data = require_rows(data, ("data", "context"))
         self.settings = require_settings(settings)
+        if checkpoint is not None and not isinstance(checkpoint, str | Path):
+            raise TypeError(f"checkpoint is a {type(checkpoint).__name__}; wanted a str or a pathlib.Path")
         if checkpoint is not None and Path(checkpoint).is_dir():
             raise ValueError(f"checkpoint is {str(checkpoint)!r}, a folder; wanted a file")
         self.parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
@@ -82,6 +88,8 @@ class Run:
             raise ValueError("patience is given, but validation is 0; wanted held-out points to judge by")
         self.settings["batch"] = min(settings["batch"], len(train[0]))
         if checkpoint is not None:
+            learnt = " ".join(self.parameters)
+            self.settings["parameters"] = f"{len(self.parameters)} that are trained, {zlib.crc32(learnt.encode()):08x}"
             self.settings |= {"data": fingerprint(train), "validation": fingerprint(held_out)}
         self.train, self.held_out = ([part.detach().to(self.device) for part in rows] for rows in (train, held_out))
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings["lr"])
@@ -92,6 +100,8 @@ class Run:
         self.order = (-1, torch.empty(0))
         self.before: dict[str, Tensor] = {}  # what a call of the loss changes by itself, as it was before the call
         self.whole = True
+        if not loss.training:  # in eval() mode it may be another one
+            loss.train()
         self.failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.good = _copies(self.state())  # as of the last record
         if checkpoint is not None and parts(Path(checkpoint)):
@@ -100,9 +110,14 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all steps were taken, or the patience with the validation loss is over."""
-        losses, patience = self.history.validation, self.settings["patience"]
-        waited = len(losses) - self.history.steps.index(self.history.best_step) - 1 if self.best else len(losses)
-        return self.step >= self.steps or (patience is not None and waited >= patience)
+        return self.step >= self.steps or self.impatient
+
+    @property
+    def impatient(self) -> bool:
+        """Whether too many records brought no better validation loss."""
+        steps, patience = self.history.steps, self.settings["patience"]
+        waited = len(steps) - (steps.index(self.history.best_step) + 1 if self.best else 0)
+        return patience is not None and waited >= patience
 
     def advance(self) -> None:
         """Take one step; at the end of a part of the run, record it."""
@@ -219,7 +234,7 @@ class Run:
             return None
         generator, total = seeded(self.seed, "validation", 0), 0.0
         size, n = max(self.settings["batch"], 512), len(self.held_out[0])
-        was_training = self.loss.training
+        modes = {module: module.training for module in self.loss.modules()}
         with self.averaged():
             self.loss.eval()
             try:
@@ -227,9 +242,13 @@ class Run:
                     total += self.call(points, context, generator)[0].item() * len(points)
                 measure = getattr(self.loss, "solver_error", None)
                 rows = [part[:WATCHED] for part in self.held_out]
-                error = measure(*rows, generator=seeded(self.seed, "solver", 0)) if measure else None
+                try:
+                    error = measure(*rows, generator=seeded(self.seed, "solver", 0)) if measure else None
+                except FloatingPointError:  # what is only watched ends no run
+                    error = math.nan
             finally:
-                self.loss.train(was_training)
+                for module, training in modes.items():
+                    module.training = training
         return total / n, error
 
     @contextmanager
@@ -249,6 +268,8 @@ class Run:
 
     def keep_best(self) -> None:
         """Give the model the weights that did best, or else the last ones."""
+        if not all(value.isfinite().all() for value in self.parameters.values()):  # stopped right after a bad update
+            self.restore(self.good)
         if self.best:
             self.loss.load_state_dict(self.best)
         else:  # nothing was held out, or no validation loss was finite
@@ -283,6 +304,7 @@ class Run:
         if not self.history.steps or self.history.steps[-1] != self.step:
             tensors |= {f"good/{name}": value for name, value in self.good.items()}
         about = {"step": self.step, "counted": self.counted, "rate": self.rate, "history": asdict(self.history)}
+        about["recent"] = list(self.recent)  # in this order
         files.write(self.checkpoint, tensors, about | {"settings": self.settings, "model": files.describe(self.loss)})
 
     def resume(self) -> None:
@@ -290,22 +312,26 @@ class Run:
         tensors, about = files.read(self.checkpoint)
         if "settings" not in about:
             raise files.CheckpointError(f"{self.checkpoint} holds weights, but no training run to resume")
+        same = about["model"] == files.describe(self.loss)  # else that is what is wrong
         for name, value in self.settings.items():
-            if (came := about["settings"].get(name)) != value:
+            if (same or name != "parameters") and (came := about["settings"].get(name)) != value:
                 raise ValueError(
                     f"{self.checkpoint} is of a run with {name}={came!r}, this one has {value!r}; "
                     "use the same settings, or another file"
                 )
         files.fill(self.loss, _part(tensors, "model"), about["model"], self.checkpoint)
-        tensors = {name: value.to(self.device) for name, value in tensors.items()}
         self.restore(tensors)
         self.step, self.counted, self.rate = about["step"], about["counted"], about["rate"]
-        self.history, self.best, self.recent = History(**about["history"]), _part(tensors, "best"), {}
-        self.recent = _part(tensors, "recent")
+        self.history, self.best = History(**about["history"]), _part(tensors, "best")
+        recent = _part(tensors, "recent")
+        self.recent = {name: recent[name].to(self.device) for name in about["recent"]}
         self.good = _part(tensors, "good") or _copies(self.state())
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the loss's state has {name}, a {type(value).__name__}; wanted tensors, to go back to")
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
@@ -317,17 +343,22 @@ def require_settings(settings: dict) -> dict:
     """The settings, each in its range, or an error that names the one that is not."""
     for name in ("steps", "batch", "records"):
         settings[name] = as_count(name, settings[name])
-    for name in ("warmup", "recoveries"):
-        if isinstance(settings[name], bool) or not isinstance(settings[name], int) or settings[name] < 0:
-            raise ValueError(f"{name} is {settings[name]!r}; wanted a whole number, 0 for none")
+    for name in ("warmup", "recoveries", "seed"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, Integral) or (value < 0 and name != "seed"):
+            wanted = "a whole number" if name == "seed" else "a whole number, 0 for none"
+            raise ValueError(f"{name} is {value!r}; wanted {wanted}")
+        settings[name] = int(value)
     if settings["patience"] is not None:
         settings["patience"] = as_count("patience", settings["patience"])
-    if settings["schedule"] not in SCHEDULES:
+    if not isinstance(settings["schedule"], str) or settings["schedule"] not in SCHEDULES:
         raise ValueError(f"schedule is {settings['schedule']!r}; wanted one of {', '.join(SCHEDULES)}")
     check_positive("lr", settings["lr"])
     if settings["clip"] is not None:
         check_positive("clip", settings["clip"])
     ema = settings["ema"]
-    if ema is not None and (not isinstance(ema, int | float) or not 0 < ema < 1):
+    if ema is not None and (not isinstance(ema, Real) or not 0 < ema < 1):
         raise ValueError(f"ema is {ema!r}; wanted a decay between 0 and 1, such as 0.999")
+    for name in ("lr", "clip", "ema"):
+        settings[name] = settings[name] if settings[name] is None else float(settings[name])
     return dict(settings)

@@ -40,9 +40,10 @@ def fit(
               \qquad \bar\theta_{k+1} = \bar\theta_k + (1 - \beta_k) (\theta_{k+1} - \bar\theta_k),
               \quad \beta_k = \min\bigl(\beta, \tfrac{1+k}{10+k}\bigr)
 
-    All randomness of step :math:`k` is a function of ``(seed, k)``: a run that was interrupted, or killed, and resumed
-    ends in the same weights as one that was not. With a validation split, the model ends with the weights that did best
-    on it.
+    The order of the data, and all noise that comes from the generator which the loss is called with, are functions of
+    the seed and the step: on the CPU, a run that was interrupted, or killed, and resumed ends in the same weights as
+    one that was not. With a validation split, the model ends with the weights that did best on it. A loss in ``eval()``
+    mode is put into training mode first.
 
     A loss that is not finite, or a solve that fails, sends the run back to the weights of the last record, and on with
     the next batches at half the learning rate; a warning says so.
@@ -66,7 +67,8 @@ def fit(
         records: how often, in equal parts of the run, the losses are recorded, and the checkpoint is written.
         seed: of the split, the order and the noise.
         checkpoint: a file to resume from, if it is there, and to save to: at each record, and when stopped or
-            interrupted (unless in the middle of an update; then the last record stands).
+            interrupted (unless in the middle of an update; then the last record stands). The model of an interrupted
+            run has the weights of its last step.
         report: called with the history after each record.
         stop: asked after each step; when it says True, the run is saved, and ends as if it were finished.
         progress: whether to show a bar; by default in a terminal or notebook, unless ``CNFKIT_PROGRESS=0``.
@@ -88,6 +90,9 @@ def fit(
     >>> bool((flow.sample(1000).mean() - 3).abs() < 0.5)
     True
     """
+    for name, value in (("report", report), ("stop", stop)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is a {type(value).__name__}; wanted a function")
     run = Run(
         loss,
         data if context is None else (data, context),
@@ -117,6 +122,7 @@ def fit(
                         report(run.history)
                 if stop is not None and not run.finished and stop():
                     run.save()
+                    run.history.ended = "stop"
                     break
         except KeyboardInterrupt:
             if run.whole:
@@ -126,6 +132,7 @@ def fit(
             run.keep_best()
             raise
     run.keep_best()
+    run.history.ended = run.history.ended or ("patience" if run.step < steps else "steps")
     return run.history
 
 

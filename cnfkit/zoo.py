@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from cnfkit.atomic import alone, explained, put
-from cnfkit.checkpoint import CheckpointError, as_path, load, require_module, save
-from cnfkit.settings import retrain
+from cnfkit.checkpoint import CheckpointError, as_path, load, require_facts, require_module, save
+from cnfkit.settings import retrain, switch
 from cnfkit.shards import parts
 from cnfkit.training import History
 
@@ -25,7 +26,8 @@ def trained(path: str | Path, module: nn.Module, train: Callable[[], History], *
     """Load weights that were trained once, or train them if ``CNFKIT_RETRAIN=1`` asks for it.
 
     For chapters whose training takes longer than a reader waits. The file holds the facts and the log of the run; its
-    sha256 stands in ``SHA256SUMS`` beside it, in the form that the command ``sha256sum -c`` reads.
+    sha256 stands in ``SHA256SUMS`` beside it, in the form that the command ``sha256sum -c`` reads. With
+    ``CNFKIT_FAST=1``, what is trained is not written.
 
     Args:
         path: the checkpoint.
@@ -46,11 +48,16 @@ def trained(path: str | Path, module: nn.Module, train: Callable[[], History], *
     require_module(module)
     listed = published(path.parent)
     if retrain():
+        if reserved := {"device", "torch", "seconds", "history"} & set(facts):
+            raise ValueError(f"facts has {min(reserved)!r}, which is added to them; wanted another name")
+        require_facts(facts)  # rather now than after the training
         size = sum(tensor.nbytes for tensor in module.state_dict().values())
         if size > LIMIT:
             raise ValueError(f"module has weights of {size / 1e6:.1f} MB; wanted at most {LIMIT / 1e6:g}, to publish")
         start = time.monotonic()
         history = asdict(train())
+        if switch("CNFKIT_FAST"):  # a dry run: not to be published
+            return json.loads(json.dumps(facts | {"history": history}))
         where = {"device": next(module.parameters()).device.type, "torch": torch.__version__.split("+")[0]}
         save(path, module, **facts, **where, seconds=round(time.monotonic() - start), history=history)
         _publish(path)

@@ -87,7 +87,7 @@ def test_own_configurations_train(name, here, capsys):
     if config.data["name"] == "mnist" and not (data_folder() / "mnist").is_dir():
         pytest.skip("MNIST is not there")
     points = config.points()
-    model = config.built(points, seed=0)
+    model = config.built(points)
     loss = config.loss_of(model)
     options = config.training | {"steps": 2, "batch": 4, "records": 1}
     history = ck.fit(loss, points.train[:20], validation=points.train[:4], progress=False, **options)
@@ -98,7 +98,7 @@ def test_own_configurations_train(name, here, capsys):
 def test_the_recipe_for_mnist_is_that_of_the_paper():
     config = Config.of((FOLDER / "mnist_rnode.toml").read_text(), "mnist_rnode")
     images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    model = config.built(Points(images, 0.1, images, levels=256), seed=0)
+    model = config.built(Points(images, 0.1, images, levels=256))
     assert sum(p.numel() for p in model.parameters()) == 800_636
     loss = config.loss_of(model)
     assert loss.unit == "bits" and loss.penalties == {"kinetic_energy": 0.01, "jacobian_energy": 0.01}
@@ -123,6 +123,9 @@ def test_the_recipe_for_mnist_is_that_of_the_paper():
         (("layers = 2", "layers = 0"), "tiny.toml: [model]: layers is 0; wanted a whole number of at least 1"),
         (("steps = 12", "steps = 0"), "tiny.toml: [training]: steps is 0; wanted a whole number of at least 1"),
         (("steps = 12", "steps = "), "tiny.toml is no TOML file: "),
+        (("steps = 12", "steps = 12\nseed = 1.5"), "tiny.toml: [training]: seed is 1.5; wanted a whole number"),
+        (("layers = 2", "context = 2"), "tiny.toml: [model] of the name 'realnvp' has 'context'; wanted"),
+        (('name = "two_moons"', "file = 3"), "[data] file is 3; wanted points in a .npy or .csv file"),
         (('[data]\nname = "two_moons"\npoints = 200', "data = 3"), "tiny.toml: data is 3; wanted a section, [data]"),
         (("[training]", '[loss]\nkind = "nll"\n[training]'), "[loss] kind is 'nll'; wanted one of likelihood, flow_ma"),
         (("[training]", "[loss]\nsteps = 4\n[training]"), "[loss] of a model without a CNF has 'steps'; wanted noise"),
@@ -146,7 +149,7 @@ def test_grids_of_a_cnf(here, capsys):
 
     def loss(extra: str) -> ck.NegativeLogLikelihood:
         changed = Config.of(TINY_CNF.replace("[loss]", f"[loss]\n{extra}"), "tiny")
-        return changed.loss_of(changed.built(points, 0))
+        return changed.loss_of(changed.built(points))
 
     assert isinstance(loss("").solve, ck.FrozenGrid) and loss("every = 7").solve.every == 7
     assert isinstance(loss('grid = "jittered"\nsteps = 3').solve, ck.JitteredGrid)
@@ -159,7 +162,7 @@ def test_grids_of_a_cnf(here, capsys):
         loss('grid = "fixed"')
     with pytest.raises(ConfigError, match=r"tiny: \[loss\]: penalties has 'energy'"):
         changed = Config.of(TINY_CNF.replace("kinetic_energy", "energy"), "tiny")
-        changed.loss_of(changed.built(points, 0))
+        changed.loss_of(changed.built(points))
 
 
 def test_an_unknown_configuration(here, capsys):
@@ -193,6 +196,7 @@ def test_points_of_ones_own(here, capsys, kind):
     [
         ("1,2\n3\n" * 20, "does not hold points"),
         ("a,b\nc,d\n" * 20, "does not hold points"),
+        ("1,NA\n" + "1,2\n" * 20, "does not hold points"),
         ("1,2\n" * 5, "holds numbers of shape (5, 2), 0 of them not finite; wanted at least 20 rows"),
         ("1,nan\n" * 30, "30 of them not finite"),
         ("", "does not hold points"),
@@ -225,7 +229,7 @@ def test_a_run_and_its_files(here, capsys):
     assert list(rows[0]) == ["step", "seconds", "train", "validation", "nll"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     facts = ck.inspect(folder / "model.safetensors").facts
-    assert facts["config"] == Config.of(TINY, "tiny").as_dict() and facts["step"] == 12
+    assert facts["config"] == Config.of(TINY, "tiny").as_dict() and facts["history"]["ended"] == "steps"
     assert [float(row["validation"]) for row in rows] == pytest.approx(facts["history"]["validation"])
     measured = out.splitlines()[-1]
     assert measured.startswith("test: ") and "the entropy of the truth is 1.0" in measured
@@ -278,7 +282,7 @@ def test_minutes_end_a_run_that_then_goes_on(here, capsys):
     config = write(here, TINY)
     said(capsys, "train", config, "--output", "straight")
     out = said(capsys, "train", config, "--output", "parts", "--minutes", "1e-9")
-    assert "step 1 of 12" in out and "--resume --output parts" in out
+    assert "stopped at step 1 of 12" in out and "--resume --output parts" in out and "test" not in out
     out = said(capsys, "train", config, "--output", "parts", "--resume", "--minutes", "1e-9")
     assert "step 2 of 12" in out
     out = said(capsys, "train", config, "--output", "parts", "--resume")
@@ -304,7 +308,16 @@ def test_a_run_is_not_overwritten(here, capsys):
     assert "runs/tiny holds a run; --resume goes on with it" in said(capsys, "train", config, status=1)
     write(here, TINY.replace("layers = 2", "layers = 3"))
     error = said(capsys, "train", config, "--resume", status=1)
-    assert "runs/tiny holds a run with [model] layers = 2, now it is 3; --output takes another folder" in error
+    assert (
+        "runs/tiny holds a run with [model] layers = 2, now it is 3; --output takes another folder, or delete this one"
+        in error
+    )
+    write(here, TINY + "\n[evaluation]\ntolerance = 1e-3\n")
+    assert "[evaluation] tolerance = None, now it is 0.001" in said(capsys, "train", config, "--resume", status=1)
+    write(here, TINY + "\nseed = 0\n")  # what it is anyway
+    said(capsys, "train", config, "--resume")
+    content |= {name: (here / "runs/tiny" / name).read_bytes() for name in ("config.toml", "curves.png", "log.csv")}
+    content["model.safetensors"] = (here / "runs/tiny/model.safetensors").read_bytes()
     assert content == {p.name: p.read_bytes() for p in (here / "runs/tiny").iterdir()}
 
 
@@ -345,9 +358,10 @@ def test_a_signal_ends_a_run_cleanly(here, capsys, name):
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 128 + number, (out, err)
-    assert f"by {name}; go on with: python -m cnfkit train tiny.toml --resume --output parts" in out
+    assert f"stopped by {name} at step 1" in out
+    assert "of 400; go on with: python -m cnfkit train tiny.toml --resume --output parts" in out
     assert "Traceback" not in err and f"{name}: ends after this step" in err
-    assert 100 <= ck.inspect("parts/run.safetensors").facts["step"] < 400
+    assert 100 <= ck.inspect("parts/run.safetensors").facts["step"] < 200
     said(capsys, "train", config, "--output", "parts", "--resume")
     said(capsys, "train", config, "--output", "straight")
     assert_same_weights("straight", "parts")
@@ -378,3 +392,57 @@ def test_the_help_names_the_configurations(capsys):
         main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert all(name in out for name in own_configs())
+
+
+def test_points_of_ones_own_are_in_their_own_units(here, capsys):
+    """Whatever their scale, and the first row of a file that other programs mark as Unicode is a row."""
+    x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).numpy() * [1000, 0.001] + [50_000, 7]
+    np.savetxt("own.csv", x, delimiter=",", encoding="utf-8-sig")
+    text = TINY.replace('name = "two_moons"\npoints = 200', 'file = "own.csv"')
+    config = Config.of(text, "tiny")
+    assert len(config.points().train) == 240
+    out = said(capsys, "train", write(here, text))
+    assert float(out.split("test: ")[1].split()[0]) == pytest.approx(2 * 0.5 * np.log(2 * np.pi * np.e), abs=0.7)
+    said(capsys, "sample", "runs/tiny", "-n", "400")
+    samples = np.load("runs/tiny/samples.npy")
+    np.testing.assert_allclose(samples.mean(0), [50_000, 7], rtol=0.02)
+    (here / "own.csv").rename(here / "elsewhere.csv")
+    said(capsys, "sample", "runs/tiny", "-n", "4")
+    np.savetxt("own.csv", x[1:], delimiter=",")
+    error = said(capsys, "evaluate", "runs/tiny", status=1)
+    assert "own.csv is not the file that the model was trained on; wanted the same" in error
+
+
+def test_a_run_is_evaluated_as_its_configuration_says_now(here, capsys):
+    said(capsys, "train", write(here, TINY_CNF))
+    coarse = said(capsys, "evaluate", "tiny.toml")
+    write(here, TINY_CNF.replace("tolerance = 1e-3", "tolerance = 1e-5"))
+    fine = said(capsys, "evaluate", "tiny.toml")
+    assert coarse != fine == said(capsys, "evaluate", "tiny.toml") and coarse == said(capsys, "evaluate", "runs/tiny")
+
+
+def test_images_are_evaluated_with_the_same_noise(here, capsys):
+    text = TINY.replace('name = "two_moons"\npoints = 200', 'name = "digits"').replace("[4]", "4")
+    out = said(capsys, "train", write(here, text.replace("steps = 12", "steps = 1")))
+    assert said(capsys, "evaluate", "tiny.toml") == out.splitlines()[-1] + "\n"
+
+
+def test_a_run_that_diverges_leaves_its_best_weights(here, capsys):
+    text = TINY.replace("records = 4", "records = 12\nlr = 1e22\nrecoveries = 0")
+    error = said(capsys, "train", write(here, text), status=1)
+    assert "try a smaller lr" in error and error.count("\n") == 1
+    assert all(value.isfinite().all() for value in weights("runs/tiny").values())
+    assert "samples" in said(capsys, "sample", "runs/tiny", "-n", "4")
+
+
+def test_minutes_and_patience(here, capsys):
+    config = write(here, TINY.replace("records = 4", "records = 4\npatience = 2"))
+    assert "stopped at step 1 of 12" in said(capsys, "train", config, "--minutes", "1e-9")
+
+
+def test_drafts_of_a_run_that_was_killed_are_removed(here, capsys):
+    (here / "runs/tiny").mkdir(parents=True)
+    for name in (".log.csv.123", ".config.toml.9", ".mine"):
+        (here / "runs/tiny" / name).write_text("")
+    said(capsys, "train", write(here, TINY))
+    assert [p.name for p in (here / "runs/tiny").iterdir() if p.name.startswith(".")] == [".mine"]

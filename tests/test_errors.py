@@ -996,6 +996,16 @@ TABLE = {
     "recoveries without end": Bad(
         lambda: fit(recoveries=math.inf), V, "recoveries is inf; wanted a whole number, 0 for none"
     ),
+    "a seed of one half": Bad(lambda: fit(seed=0.5), V, "seed is 0.5; wanted a whole number"),
+    "True for a learning rate": Bad(lambda: fit(lr=True), V, "lr is True; wanted a positive number"),
+    "a list of schedules": Bad(lambda: fit(schedule=["cosine"]), V, "schedule is ['cosine']; wanted one of cosine"),
+    "a number for a report": Bad(lambda: fit(report=3), T, "report is a int; wanted a function"),
+    "a number for a checkpoint": Bad(lambda: fit(checkpoint=3), T, "checkpoint is a int; wanted a str or a pathlib"),
+    "a weight that is text": Bad(
+        lambda: k.NegativeLogLikelihood(flow(), penalties={"kinetic_energy": "0.1"}),
+        V,
+        "penalties has kinetic_energy: '0.1'; wanted a weight of at least 0",
+    ),
     "a decay of 1": Bad(lambda: fit(ema=1), V, "ema is 1; wanted a decay between 0 and 1, such as 0.999"),
     "a gradient of no length": Bad(lambda: fit(clip=0), V, "clip is 0; wanted a positive number"),
     "no patience": Bad(lambda: fit(patience=0), V, "patience is 0; wanted a whole number of at least 1"),

@@ -475,3 +475,97 @@ def test_killed_twenty_times_and_resumed_ends_in_the_same_bits(tmp_path):
     assert all(first[name].equal(second[name]) for name in first)
     ends = [files.read(path) for path in paths]
     assert ends[0][1] == ends[1][1] and all(ends[0][0][name].equal(ends[1][0][name]) for name in ends[0][0])
+
+
+# What must not go unnoticed
+
+
+def test_a_run_is_not_resumed_with_other_parameters_frozen(tmp_path):
+    path = tmp_path / "run.safetensors"
+
+    def run(frozen: bool, **options):
+        flow = ck.Flow(ck.Normal(2), ck.Diagonal(2))
+        flow.bijection.log_scale.requires_grad_(not frozen)
+        return ck.fit(ck.NegativeLogLikelihood(flow), data(), checkpoint=path, **OPTIONS | options)
+
+    run(False)
+    with pytest.raises(
+        ValueError, match=r"is of a run with parameters='2 that are trained, \w+', this one has '1 that"
+    ):
+        run(True)
+
+
+def test_a_loss_in_eval_mode_is_put_into_training_mode():
+    loss, modes = Noisy().eval(), []
+    loss.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    ck.fit(loss, data(), **OPTIONS)
+    assert modes.count(True) == STEPS and loss.model.training
+
+
+def test_parts_that_are_held_in_eval_mode_stay_there():
+    loss = Noisy()
+    loss.model.base.eval()
+    ck.fit(loss, data(), **OPTIONS)
+    assert loss.training and loss.model.bijection.training and not loss.model.base.training
+
+
+def test_a_tight_adaptive_training_is_watched_too():
+    loss = cnf_loss(solve=ck.Solve(tolerance=1e-6))
+    assert len(ck.fit(loss, data(64), steps=2, records=1, progress=False).solver_error) == 1
+
+
+def test_what_is_only_watched_ends_no_run():
+    class Blind(Noisy):
+        def solver_error(self, batch, generator=None):
+            raise ck.SolveError("the step vanished", 0.5, 7, 1.0, "use more steps")
+
+    history = ck.fit(Blind(), data(), **OPTIONS)
+    assert len(history.steps) == 5 and all(map(math.isnan, history.solver_error))
+
+
+def test_a_bad_update_under_a_dequantiser_that_learns():
+    """NaN weights are no points outside the cube, and a run goes back from them."""
+    torch.manual_seed(0)
+    coupling = ck.AffineCoupling(ck.mask("even", 2), ck.MLP(2, 4, (4,), 2))
+    noise = ck.Flow(ck.Normal(2), ck.Chain(ck.Logit(2, 0.0), coupling))
+    model = ck.Dequantised(ck.Flow(ck.Uniform(2), ck.Diagonal(2)), ck.VariationalDequantiser(4, noise))
+    with torch.no_grad():
+        next(model.dequantiser.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="flow gives NaN for noise: its weights have run away"):
+        model.log_prob(torch.zeros(3, 2, dtype=torch.uint8))
+
+
+def test_stopped_right_after_a_bad_update_it_goes_back():
+    loss = Failing((9,), "gradient")
+    ck.fit(loss, data(), stop=lambda: loss.count == 10, **OPTIONS | dict(validation=0))
+    assert all(value.isfinite().all() for value in weights(loss))
+
+
+@pytest.mark.parametrize(
+    ("options", "ended"), [({}, "steps"), ({"stop": lambda: True}, "stop"), ({"patience": 1}, "patience")]
+)
+def test_a_run_says_why_it_ended(options, ended):
+    if ended == "patience":
+        assert overfitted(**options).ended == ended
+    else:
+        assert ck.fit(Noisy(), data(), **OPTIONS | options).ended == ended
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    import numpy as np
+
+    path = tmp_path / "run.safetensors"
+    options = dict(seed=np.int64(0), warmup=np.int64(2), lr=np.float32(0.01), ema=np.float64(0.9))
+    ck.fit(Noisy(), data(), checkpoint=path, **OPTIONS | options)
+    assert files.read(path)[1]["settings"]["warmup"] == 2
+
+
+def test_the_terms_keep_their_order(tmp_path):
+    path = tmp_path / "run.safetensors"
+
+    def run(**options):
+        loss = cnf_loss(solve=ck.FrozenGrid(), penalties={"kinetic_energy": 0.1})
+        return ck.fit(loss, data(), checkpoint=path, **OPTIONS | options)
+
+    run(stop=lambda: True)
+    assert list(run().terms) == ["nll", "kinetic_energy", "evaluations"]

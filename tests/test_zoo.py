@@ -203,3 +203,16 @@ def test_a_card(tmp_path, monkeypatch):
         "03\n\n`make it`\\\nNormal((2,)), 2 × AffineCoupling((2,), bound=3.0), 2 × MLP: 54 numbers"
     )
     assert second.splitlines()[-2:] == [row(f"03_{k}", n, 2, "validation 1.235") for k, n in (("a", 2), ("b", 3))]
+
+
+def test_a_dry_run_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setenv("CNFKIT_FAST", "1")
+    facts, _, calls = run(tmp_path / "a.safetensors", monkeypatch, retrain=True)
+    assert calls == [1] and facts["seed"] == 7 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("facts", "error"), [({"history": []}, ValueError), ({"note": object()}, TypeError)])
+def test_facts_are_refused_before_the_training(tmp_path, monkeypatch, facts, error):
+    monkeypatch.setenv("CNFKIT_RETRAIN", "1")
+    with pytest.raises(error, match=next(iter(facts))):
+        ck.trained(tmp_path / "a.safetensors", flow(), lambda: pytest.fail("it was trained"), **facts)

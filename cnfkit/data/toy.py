@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnfkit.arguments import check_points
+from cnfkit.arguments import check_generator, check_points
 
 
 class ToyDensity(ABC):
@@ -30,9 +31,11 @@ class ToyDensity(ABC):
 
         Raises:
             ValueError: if ``n`` is no number of points.
+            TypeError: if ``generator`` is none.
         """
-        if not isinstance(n, int) or n < 0:
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 0:
             raise ValueError(f"n is {n!r}; wanted a number of points")
+        check_generator(generator)
         return self._sample(n, generator)
 
     @abstractmethod

@@ -1,0 +1,306 @@
+"""The numbers of the page on choosing: each is read from what the benchmarks and the chapters have written down.
+
+A number stands in the page as ``[4.9]{#name}``, and a table between ``% table: name`` and ``% end: name``.
+``python book/pages.py`` writes them; the tests hold the page to them, and to what it says in words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "book" / "choosing.md"
+GRID = "8 steps of rk6"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from tables import Table, named, number, reached, seeds, times  # noqa: E402  (of the benchmarks)
+
+
+@cache
+def results(name: str) -> dict:
+    """What ``bench``, ``train`` or ``choices`` measured."""
+    folder = ROOT / "benchmarks" / ("" if name == "choices" else "results")
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def outputs(chapter: str) -> list[dict]:
+    """The outputs of a chapter, by its number."""
+    (path,) = (ROOT / "notebooks").glob(f"{chapter}_*.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [output for cell in cells for output in cell.get("outputs", [])]
+
+
+def checked(chapter: str, claim: str) -> float:
+    """The measured number of the only check of a chapter whose claim begins so."""
+    records = [output.get("metadata", {}).get("cnfkit", {}).get("check") for output in outputs(chapter)]
+    (found,) = (record for record in records if record and record["claim"].startswith(claim))
+    return found["measured"]
+
+
+def printed(chapter: str, start: str) -> list[float]:
+    """The numbers after the start of the only line that a chapter printed which begins so."""
+    text = "".join("".join(output["text"]) for output in outputs(chapter) if output.get("name") == "stdout")
+    (line,) = (line for line in text.splitlines() if re.match(rf"\s*{re.escape(start)}\s*\b", line))
+    return [float(value) for value in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", line.split(start, 1)[1])]
+
+
+def iteration(name: str, key: str = "ms", field: str = "plain") -> float:
+    """A training iteration of the benchmarks, on a field that was trained by likelihood alone or as RNODE."""
+    part = results("bench")
+    return named(part["training"]["fields"][field]["threads"][str(part["threads"])], name)[key]
+
+
+def evaluation(name: str, key: str = "ms", what: str = "log_prob", field: str = "plain") -> float:
+    """Ten thousand log-densities, or samples."""
+    return named(results("bench")["evaluation"]["fields"][field][what], name)[key]
+
+
+def divergence(name: str, part: str = "both") -> float:
+    """One evaluation of the divergence in 43 dimensions."""
+    return named(results("bench")["divergence"]["rows"], name)[part]["ms"]
+
+
+def gradient(name: str, key: str = "ms") -> float:
+    """A way to differentiate a solve."""
+    return named(results("choices")["gradients"]["rows"], name)[key]
+
+
+def trace(dimension: int, name: str) -> float:
+    """The time with the exact trace over that with Hutchinson's."""
+    rows = [row for row in results("choices")["traces"]["rows"] if (row["dimension"], row["name"]) == (dimension, name)]
+    exact, estimate = (next(row["ms"] for row in rows if row["trace"] == kind) for kind in ("exact", "hutchinson"))
+    return exact / estimate
+
+
+def penalised(kind: str) -> float:
+    """The time of an iteration with RNODE's penalties over that without, with the exact trace or Hutchinson's."""
+    rows = results("choices")["penalties"]["rows"]
+    return named(rows, f"{kind}, with")["ms"] / named(rows, f"{kind}, without")["ms"]
+
+
+def model(name: str, part: str) -> float:
+    """A density or a sample of each of the points, or a training iteration."""
+    return named(results("choices")["models"]["rows"], name)[part]["ms"]
+
+
+def seconds(density: str, name: str) -> list[float | None]:
+    """The seconds of training until a run reached its target, for each seed; None if it did not."""
+    target = results("train")["targets"][density]
+    return [reached(run["curve"], target) for run in seeds({"train": results("train")}, density)[name]]
+
+
+def middle(density: str, name: str) -> float:
+    """The median over the seeds; infinite where it was not reached."""
+    return statistics.median(float("inf") if value is None else value for value in seconds(density, name))
+
+
+def faster_after_matching() -> list[str]:
+    """The densities on which a warm start by flow matching was the faster one."""
+    names = "cnfkit, flow matching first", "cnfkit"
+    return [d for d in results("train")["targets"] if middle(d, names[0]) < middle(d, names[1])]
+
+
+def rough(value: float) -> str:
+    """One digit: a decimal fraction, or a power of ten."""
+    return re.sub(r"(\d)\.\d·", r"\1·", number(value)) if value < 1e-2 else f"{value:g}"
+
+
+def traces() -> Table:
+    kinds = ("two hidden layers", "three hidden layers", "PotentialField", "any module, by autograd")
+    dimensions = sorted({row["dimension"] for row in results("choices")["traces"]["rows"]})
+    lines = [[kind, *(times(trace(d, kind)) for d in dimensions)] for kind in kinds]
+    return Table("", ("exact over estimated", *(f"d = {d}" for d in dimensions)), lines)
+
+
+def solvers() -> Table:
+    ours = {
+        "cnfkit, frozen grid": "a frozen grid, rk6",
+        "cnfkit, rk6, uniform grid": "rk6, equal steps",
+        "cnfkit, dopri5, uniform grid": "dopri5, equal steps",
+        "cnfkit, rk4, uniform grid": "rk4, equal steps",
+        "cnfkit, adaptive": "adaptive",
+    }
+    lines = [
+        [shown, str(iteration(name, "evaluations")), f"{iteration(name):.0f}", f"{iteration(name, field='rnode'):.0f}"]
+        for name, shown in ours.items()
+    ]
+    return Table("", ("steps", "evaluations", "ms, plain field", "ms, RNODE's field"), lines)
+
+
+def tolerances() -> Table:
+    rows = {
+        f"{tolerance:.0e}": printed("13", f"within {tolerance:.0e}:") for tolerance in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    }
+    lines = [[rough(float(name)), f"{values[0]:.0f}", rough(values[1])] for name, values in rows.items()]
+    return Table("", ("tolerance", "evaluations", "solver error, nats"), lines)
+
+
+def gradients() -> Table:
+    lines = [
+        [row["name"], f"{row['ms']:.0f}", number(row["peak"] / 2**20), number(row["error"])]
+        for row in results("choices")["gradients"]["rows"]
+    ]
+    return Table("", ("gradient", "ms", "peak, MiB", "gradient error"), lines)
+
+
+def penalties() -> Table:
+    lines = []
+    for start, shown in (("0    ", "0"), ("0.01 ", "0.01"), ("0.03", "0.03"), ("0.1 ", "0.1"), ("0.3 ", "0.3")):
+        lines.append([shown, *_likelihoods(printed("18", start))])
+    lines.append(["0, guarded grid", *_likelihoods(printed("18", "0, guarded"))])
+    lines.append(["0.01, guarded grid", *_likelihoods(printed("18", "0.01, guarded"))])
+    return Table("", ("weight", "reported, nats", "true, nats", "solver error", "evaluations"), lines)
+
+
+def _likelihoods(values: list[float]) -> list[str]:
+    reported, true, error, evaluations, *_ = values
+    return [f"{reported:.2f}", f"{true:.2f}", rough(error), f"{evaluations:.0f}"]
+
+
+def models() -> Table:
+    lines = []
+    for row in results("choices")["models"]["rows"]:
+        taken = [number(row[part]["ms"]) for part in ("density", "sample", "iteration")]
+        lines.append([row["name"], f"{row['parameters']:,}".replace(",", " "), *taken])
+    return Table("", ("flow", "parameters", "densities, ms", "samples, ms", "training, ms"), lines)
+
+
+def fits() -> Table:
+    lines = []
+    for density in ("two_moons", "eight_gaussians", "pinwheel", "checkerboard"):
+        free, coupled = printed("13", f"{density:<18}FFJORD")
+        lines.append([density.replace("_", " "), f"{free:.2f}", f"{coupled:.2f}"])
+    return Table("", ("nats above the truth", "FFJORD", "RealNVP"), lines)
+
+
+def starts() -> Table:
+    lines = []
+    for density in results("train")["targets"]:
+        cold, warm = (middle(density, f"cnfkit{name}") for name in ("", ", flow matching first"))
+        lines.append([density.replace("_", " "), number(cold), number(warm)])
+    return Table("", ("seconds to the target", "by likelihood", "flow matching first"), lines)
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    f.__name__: f for f in (traces, solvers, tolerances, gradients, penalties, models, fits, starts)
+}
+NUMBERS: dict[str, Callable[[], str]] = {
+    "estimate-over-exact": lambda: times(divergence("cnfkit, Hutchinson") / divergence("cnfkit")),
+    "autograd-over-exact": lambda: times(divergence("torchdiffeq") / divergence("cnfkit")),
+    "one-probe": lambda: f"{printed('13', ' 1 probes: off by')[0]:.1f}",
+    "sixteen-probes": lambda: f"{printed('13', '16 probes: off by')[0]:.1f}",
+    "trained-with-one-probe": lambda: f"{checked('13', 'nats that training with one probe cost'):.2f}",
+    "fresh-noise": lambda: f"{checked('13', 'evaluations with fresh noise'):.0f}",
+    "gradient-error": lambda: number(results("bench")["training"]["below"]),
+    "frozen-over-adaptive": lambda: times(iteration("cnfkit, adaptive") / iteration("cnfkit, frozen grid")),
+    "guarded-error": lambda: number(iteration("cnfkit, guarded default", "solver_error")),
+    "guarded-ms": lambda: f"{iteration('cnfkit, guarded default'):.0f}",
+    "exploited-reported": lambda: f"{printed('18', '0    ')[0]:.2f}",
+    "exploited-true": lambda: f"{printed('18', '0    ')[1]:.2f}",
+    "jitter-sees": lambda: f"{printed('18', 'unguarded moved steps:')[0]:.2f}",
+    "more-steps-see": lambda: f"{printed('18', 'unguarded more  steps:')[0]:.2f}",
+    "grid-steps": lambda: f"{evaluation('cnfkit, rk6, uniform grid', 'setting'):.0f}",
+    "adaptive-over-grid": lambda: times(evaluation("cnfkit") / evaluation("cnfkit, rk6, uniform grid")),
+    "sampling-over-density": lambda: times(evaluation("cnfkit") / evaluation("cnfkit", what="sample")),
+    "torchdiffeq-over-ours": lambda: times(gradient("torchdiffeq, backprop") / gradient("adaptive, backprop")),
+    "checkpoint-over-backprop": lambda: times(gradient(f"{GRID}, checkpoint") / gradient(f"{GRID}, backprop")),
+    "checkpoint-memory": lambda: times(gradient(f"{GRID}, backprop", "peak") / gradient(f"{GRID}, checkpoint", "peak")),
+    "checkpoint-adaptive": lambda: times(gradient("adaptive, checkpoint") / gradient("adaptive, backprop")),
+    "adjoint-over-backprop": lambda: times(gradient("adaptive, adjoint") / gradient("adaptive, backprop")),
+    "adjoint-memory": lambda: times(gradient("adaptive, backprop", "peak") / gradient("adaptive, adjoint", "peak")),
+    "penalties-exact": lambda: f"{100 * (penalised('exact') - 1):.0f}",
+    "penalties-hutchinson": lambda: f"{100 * (penalised('hutchinson') - 1):.0f}",
+    "honest-cost": lambda: f"{checked('18', 'nats that it costs against the guarded grid'):.2f}",
+    "both-guards-save": lambda: f"{100 * (1 - checked('18', 'evaluations with it over those without')):.0f}",
+    "both-guards-cost": lambda: f"{checked('18', 'nats that λ = 0.01 costs on the guarded grid'):.2f}",
+    "models-points": lambda: str(results("choices")["models"]["points"]),
+    "models-dimension": lambda: str(results("choices")["models"]["dimension"]),
+    "time-spread": lambda: f"{checked('13', 'nats between the best and the worst'):.2f}",
+    "matching-over-likelihood": lambda: times(
+        model("cnf", "iteration") / results("choices")["models"]["matching"]["ms"]
+    ),
+    "matching-wins": lambda: str(len(faster_after_matching())),
+    "matching-tried": lambda: str(len(results("train")["targets"])),
+    "half-loses": lambda: f"{checked('06', 'bits/dim that the best half loses'):.2f}",
+    "scales-gain": lambda: f"{checked('06', 'bits/dim gained on the best with one scale'):.2f}",
+    "draws-gain": lambda: f"{checked('06', 'bits/dim that 32 draws gain'):.2f}",
+    "own-tangents": lambda: times(
+        named(results("bench")["convolution"]["rows"], "autograd")["ms"]
+        / named(results("bench")["convolution"]["rows"], "own tangents")["ms"]
+    ),
+}
+
+
+# What the page says in words, and the condition under which it may.
+CLAIMS: dict[str, Callable[[], bool]] = {
+    "is no dearer than its estimate, whatever the dimension": lambda: all(
+        trace(d, "two hidden layers") < 1.2 for d in (2, 8, 32, 128)
+    ),
+    "a deeper `MLPField`, or a `PotentialField`, up to ten dimensions or so": lambda: (
+        max(trace(8, "three hidden layers"), trace(8, "PotentialField")) < 2 < trace(32, "three hidden layers")
+    ),
+    "any other module, up to three dimensions or so": lambda: (
+        trace(2, "any module, by autograd") < 1.6 < 2 < trace(8, "any module, by autograd")
+    ),
+    "Order 6 costs least, and the classic `rk4` the most of the fixed methods": lambda: all(
+        iteration("cnfkit, rk6, uniform grid", field=field)
+        < iteration("cnfkit, dopri5, uniform grid", field=field)
+        < iteration("cnfkit, rk4, uniform grid", field=field)
+        for field in ("plain", "rnode")
+    ),
+    "so the estimate of the error costs next to nothing": lambda: (
+        iteration("cnfkit, frozen grid") < 1.1 * iteration("cnfkit, rk6, uniform grid")
+    ),
+    "the numbers are the same, so the gradient is": lambda: all(
+        abs(gradient(f"{solve}, checkpoint", "error") / gradient(f"{solve}, backprop", "error") - 1) < 0.01
+        for solve in (GRID, "adaptive")
+    ),
+    "but backpropagation within a tenth of that tolerance is more accurate still, and takes less time": lambda: (
+        gradient("a tenth of the tolerance, backprop", "error")
+        < gradient("adaptive, adjoint", "error")
+        < gradient("adaptive, backprop", "error")
+        and gradient("a tenth of the tolerance, backprop") < gradient("adaptive, adjoint")
+    ),
+    "With 0.03 the four steps can be believed": lambda: printed("18", "0.03")[2] <= 0.02,
+    "one pass of their networks either way": lambda: all(
+        model(name, part) < model("cnf", part) for name in ("realnvp", "glow") for part in ("density", "sample")
+    ),
+    "`maf` samples one coordinate after the other, and IAF evaluates so": lambda: (
+        model("maf", "sample") > 5 * model("maf", "density") and model("iaf", "density") > 5 * model("iaf", "sample")
+    ),
+    "FFJORD and a RealNVP of as many parameters": lambda: all(float(row[1]) < float(row[2]) for row in fits().rows),
+    "Moved steps hardly find that out": lambda: (
+        printed("18", "unguarded moved steps:")[0] < printed("18", "unguarded more  steps:")[0] / 3
+    ),
+}
+
+
+def render(page: str) -> str:
+    """The page with these tables and numbers."""
+
+    def table(match: re.Match) -> str:
+        return f"% table: {match[1]}\n\n{_known(TABLES, match[1])().markdown()}\n\n% end: {match[1]}"
+
+    def value(match: re.Match) -> str:
+        return f"[{_known(NUMBERS, match[1])()}]{{#{match[1]}}}"
+
+    page = re.sub(r"^% table: (\w+)\n.*?^% end: \1$", table, page, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\[[^][]*\]\{#([\w-]+)\}", value, page)
+
+
+def _known(known: dict[str, Callable], name: str) -> Callable:
+    if name not in known:
+        raise ValueError(f"the page has {name!r}; wanted one of {', '.join(known)}")
+    return known[name]
+
+
+def write() -> None:
+    """Bring the page up to date."""
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
