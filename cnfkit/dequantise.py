@@ -124,6 +124,7 @@ class VariationalDequantiser(Dequantiser):
     Raises:
         ValueError: if ``levels`` is less than 2; on a call, if an entry is no such value, or the flow leaves the cube.
         TypeError: if ``flow`` is no flow that takes a context.
+        FloatingPointError: on a call, if the flow gives NaN.
 
     >>> coupling = AffineCoupling(mask("even", 2), MLP(2, 4, context=2))
     >>> flow = Flow(Normal(2), Chain(Logit(2), coupling))

@@ -8,11 +8,13 @@ from torch import nn
 from cnfkit import (
     MADE,
     MLP,
+    AdditiveCoupling,
     Affine,
     AffineLU,
     Arcsinh,
     Autoregressive,
     Beta,
+    Chain,
     CheckFailed,
     Conv1x1,
     Coordinatewise,
@@ -524,3 +526,29 @@ def test_flow_contract_catches_weights_that_are_chosen_one_by_one(d):
     """It may report any likelihood: the mass alone shows it."""
     with pytest.raises(CheckFailed, match=r"^✗ the density integrates to 1"):
         flow_contract(Flow(mixture(WeightsOneByOne, d), Diagonal(d)))
+
+
+# Reversible blocks, one after the other
+
+
+class UndoneInTheOrderInWhichDone(Chain):
+    """Each block is undone rightly, but the first one first."""
+
+    def _inverse(self, z, context, solve):
+        result = Result(z, z.new_zeros(z.shape[:-1]))
+        for block in self:
+            result = result.then(block.inverse(result.value, context, solve))
+        return result
+
+
+def shifts(kind):
+    return redrawn(kind(*[AdditiveCoupling(kept, MLP(3, 3, hidden=(8,))) for kept in (EVEN, ~EVEN)]), scale=0.4)
+
+
+def test_contract_catches_blocks_that_are_undone_in_the_order_in_which_they_were_done():
+    """The density is right, and so is its total mass: the samples are another's."""
+    x = torch.randn(4, 3, generator=seeded())
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(shifts(UndoneInTheOrderInWhichDone), x)
+    assert str(failed.value).startswith(f"✗ {INVERSE}: measured ")
+    bijection_contract(shifts(Chain), x)
