@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cnfkit import data as sets
 from cnfkit.bijections.affine import Standardize
 from cnfkit.bijections.base import Chain
+from cnfkit.bijections.glow import ActNorm
 from cnfkit.data.toy import DENSITIES
 from cnfkit.dequantise import Dequantised, UniformDequantiser
 from cnfkit.flow import Flow
@@ -167,7 +168,7 @@ class Config:
             flow = model
         if self.own:  # in its own units, whatever they are
             flow.bijection[0].load_state_dict(Standardize.of(first).state_dict())
-        if any(type(layer).__name__ == "ActNorm" for layer in flow.modules()):
+        if any(isinstance(layer, ActNorm) for layer in flow.modules()):
             flow.initialize(first[:1000])
         return model
 

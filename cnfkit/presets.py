@@ -329,16 +329,7 @@ def ffjord(
     def cnfs(shape) -> list[Bijection]:
         return [CNF(ConvField(shape, hidden)) for _ in range(blocks)]
 
-    start, stages = Logit(shape, alpha), []
-    _require_halving(shape, "scales", as_count("scales", scales), scales - 1)
-    for _ in range(scales - 1):
-        squeeze = Squeeze(shape)
-        stages.append(Chain(*cnfs(shape), squeeze, *cnfs(squeeze.latent_shape)))
-        channels, *space = squeeze.latent_shape
-        shape = (channels // 2, *space)
-    stages.append(Chain(*cnfs(shape)))
-    bijection = Chain(start, Multiscale(*stages))
-    return Flow(Normal(bijection.latent_shape), bijection)
+    return _image_flow(shape, scales, alpha, cnfs, cnfs, last=cnfs)
 
 
 PRESETS: dict[str, Callable[..., Flow]] = {
@@ -373,22 +364,21 @@ def preset(name: str, event_shape: Shape, **options) -> Flow:
     return PRESETS[name](event_shape, **options)
 
 
-def _image_flow(shape, scales: int, alpha: float, before: Callable, after: Callable) -> Flow:
-    """From the unit cube to the line, then stages: what is done before the squeeze, and after it."""
+def _image_flow(shape, scales: int, alpha: float, before: Callable, after: Callable, last=None) -> Flow:
+    """From the unit cube to the line, then stages: what is done before the squeeze, and after it; the last without."""
     start, stages = Logit(shape, alpha), []
-    _require_halving(shape, "scales", scales, as_count("scales", scales))
-    for _ in range(scales):
+    squeezes = as_count("scales", scales) - (last is not None)
+    if any(size % 2**squeezes for size in shape[1:]):
+        raise ValueError(f"scales is {scales}, but {shape[1]} × {shape[2]} pixels cannot be halved so often")
+    for _ in range(squeezes):
         squeeze = Squeeze(shape)
         stages.append(Chain(*before(shape), squeeze, *after(squeeze.latent_shape)))
         channels, *space = squeeze.latent_shape
         shape = (channels // 2, *space)
+    if last is not None:
+        stages.append(Chain(*last(shape)))
     bijection = Chain(start, Multiscale(*stages))
     return Flow(Normal(bijection.latent_shape), bijection)
-
-
-def _require_halving(shape, name: str, value: int, times: int) -> None:
-    if any(size % 2**times for size in shape[1:]):
-        raise ValueError(f"{name} is {value}, but {shape[1]} × {shape[2]} pixels cannot be halved so often")
 
 
 def _couplings(shape, masks, univariate: Univariate, hidden, context: int) -> list[Bijection]:
