@@ -156,9 +156,9 @@ clean: ## remove what was built; .venv stays
 
 # The peers live in an environment of their own, beside a cnfkit that is this one.
 .PHONY: bench
-bench: $(SETUP) ## cnfkit beside its peers, in about 10 minutes: a table, and a page of the book
+bench: $(SETUP) ## cnfkit beside its peers, in about 10 minutes: a table, and a page of the book (DEVICE=cuda: there)
 	@benchmarks/environment.sh
-	@.venv-bench/bin/python benchmarks/bench.py
+	@.venv-bench/bin/python benchmarks/bench.py $(if $(filter command%,$(origin DEVICE)),--device $(DEVICE))
 
 .PHONY: bench-train
 bench-train: $(SETUP) ## by the clock, to a given likelihood: about an hour, and to be interrupted and resumed

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from fields import Bare, PlainField, points, trained_flow
+from fields import Bare, PlainField, noise, points, trained_flow
 from iterations import PENALTIES, over_the_floor, training
 from measure import Scale, cheapest, iteration, mean_distance, peak_memory, relative_distance, row, threads
 from peers import Ours, Torchdiffeq, Torchdyn, Zuko, judge, require_agreement
+from precision import precision
 from torch import Tensor, nn
 
 import cnfkit as ck
@@ -25,11 +26,11 @@ import cnfkit as ck
 @torch.no_grad()
 def evaluation(scale: Scale, below: float = 1e-4) -> dict:
     """Log-densities, and samples, to one error, for everybody by the largest tolerance or the fewest steps."""
-    x = points(scale.points, seed=6)
-    z = torch.randn(scale.points, 2, generator=torch.Generator().manual_seed(7))
+    x = points(scale.points, 6, scale.device)
+    z = noise(scale.points, 2, seed=7, device=scale.device)
     results: dict = {}
     for name in scale.fields:
-        flow = trained_flow(name)
+        flow = trained_flow(name, scale.device)
         plain = PlainField(flow.bijection.field)
         grids = {
             "cnfkit, rk6, uniform grid": Ours(flow, method="rk6"),
@@ -65,7 +66,8 @@ def divergence(scale: Scale, dimension: int = 43, width: int = 128) -> dict:
     torch.manual_seed(0)
     velocity = ck.MLPField(dimension, hidden=(width, width), time="concat")
     nn.init.normal_(velocity.layers[-1].weight, std=width**-0.5)
-    flow, plain = ck.Flow(ck.Normal(dimension), ck.CNF(velocity)), PlainField(velocity)
+    flow = ck.Flow(ck.Normal(dimension), ck.CNF(velocity)).to(scale.device)
+    plain = PlainField(velocity)
     libraries = {
         "cnfkit": Ours(flow),
         "zuko": Zuko(plain),
@@ -75,7 +77,7 @@ def divergence(scale: Scale, dimension: int = 43, width: int = 128) -> dict:
         "zuko, Hutchinson": Zuko(plain, exact=False),
         "torchdyn, Hutchinson": Torchdyn(plain, exact=False),
     }
-    z = torch.randn(scale.batch, dimension, generator=torch.Generator().manual_seed(8))
+    z = noise(scale.batch, dimension, seed=8, device=scale.device)
     calls = {name: lambda library=library: library.divergence(z) for name, library in libraries.items()}
     truth = calls["cnfkit"]().detach()
     for name, call in calls.items():
@@ -97,17 +99,19 @@ def convolution(scale: Scale) -> dict:
     """A training step of MNIST's first block, by the field's own tangents and by autograd's products."""
     shape = (1, 28, 28)
     torch.manual_seed(0)
-    own = ck.ConvField(shape, hidden=(64, 64, 64))
+    own = ck.ConvField(shape, hidden=(64, 64, 64)).to(scale.device)
     for parameter in own.parameters():  # the last layer starts at zero, where gradients vanish and times may differ
         nn.init.normal_(parameter, std=0.02)
-    x = torch.randn(scale.images, *shape, generator=torch.Generator().manual_seed(9))
+    x = noise(scale.images, *shape, seed=9, device=scale.device)
     solve = ck.Solve(trace="hutchinson", method="rk4", times=ck.uniform_grid(1))
     runs, first = {}, {}
     for name, velocity in (("own tangents", own), ("autograd", Bare(own))):
-        loss = ck.NegativeLogLikelihood(ck.Flow(ck.Normal(shape), ck.CNF(velocity)), solve=solve, penalties=PENALTIES)
+        loss = ck.NegativeLogLikelihood(
+            ck.Flow(ck.Normal(shape), ck.CNF(velocity)).to(scale.device), solve=solve, penalties=PENALTIES
+        )
 
         def value(loss=loss) -> Tensor:
-            return loss(x, generator=torch.Generator().manual_seed(0))[0]
+            return loss(x, generator=torch.Generator(scale.device).manual_seed(0))[0]
 
         first[name] = value().item()
         runs[name] = iteration(value, own.parameters())
@@ -120,10 +124,10 @@ def convolution(scale: Scale) -> dict:
 
 def scaling(scale: Scale, steps: int = 4) -> dict:
     """The time of a training iteration against the batch, and against the steps."""
-    flow = trained_flow("rnode")
+    flow = trained_flow("rnode", scale.device)
 
     def run(batch: int, steps: int) -> Callable[[], None]:
-        x, solve = points(batch, seed=3), ck.Solve(method="rk4", times=ck.uniform_grid(steps))
+        x, solve = points(batch, 3, scale.device), ck.Solve(method="rk4", times=ck.uniform_grid(steps))
         return iteration(lambda: -flow.log_prob(x, solve=solve).mean(), flow.parameters())
 
     with threads(scale.threads[0]):
@@ -139,25 +143,27 @@ def scaling(scale: Scale, steps: int = 4) -> dict:
 
 def memory(scale: Scale) -> dict:
     """The peak memory of a training iteration against the steps, for each way to differentiate."""
-    x = points(scale.batch, seed=3)
+    x = points(scale.batch, 3, scale.device)
 
     def measured(gradient: str, steps: int) -> int:
         solve = ck.Solve(method="rk4", times=ck.uniform_grid(steps), gradient=gradient)
 
         def run_and_forget() -> None:
-            flow = trained_flow("rnode")  # anew: a field holds on to the memory of its last solve
+            flow = trained_flow("rnode", scale.device)  # anew: a field holds on to the memory of its last solve
             iteration(lambda: -flow.log_prob(x, solve=solve).mean(), flow.parameters())()
 
-        return peak_memory(run_and_forget)
+        return peak_memory(run_and_forget, scale.device)
 
     peaks = {kind: [measured(kind, n) for n in scale.steps] for kind in ("backprop", "checkpoint")}
     return {"batch": scale.batch, "state": x.numel() * x.element_size(), "steps": list(scale.steps), "peaks": peaks}
 
 
-CASES = {f.__name__: f for f in (training, over_the_floor, evaluation, divergence, convolution, scaling, memory)}
-NEEDS = {"convolution": "ConvField"}  # a case is left out where cnfkit has not what it measures
+CASES = {
+    f.__name__: f for f in (training, over_the_floor, evaluation, divergence, convolution, precision, scaling, memory)
+}
+ELSEWHERE = ("precision",)  # what a CPU has no use for
 
 
-def possible() -> list[str]:
-    """The names of the cases that this cnfkit has the parts for."""
-    return [name for name in CASES if hasattr(ck, NEEDS.get(name, "CNF"))]
+def usual(device: str) -> list[str]:
+    """The names of the cases that are measured on a device."""
+    return [name for name in CASES if device != "cpu" or name not in ELSEWHERE]

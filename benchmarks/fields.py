@@ -44,6 +44,7 @@ class PlainField(nn.Module):
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), field.parameters(), strict=True):
                 mine.copy_(theirs)
+        self.to(next(field.parameters()).device)
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         for layer in self.net:
@@ -67,7 +68,7 @@ def floor(field: ck.MLPField) -> nn.Sequential:
     """The bare field: ``[x, t]`` through layers of the same widths, of which the first alone sees the time."""
     d = field.event_shape[0]
     layers = [layer for a, b in pairwise((d + 1, *field.hidden, d)) for layer in (nn.Linear(a, b), nn.Tanh())]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[:-1]).to(next(field.parameters()).device)
 
 
 def new_flow() -> ck.Flow:
@@ -75,13 +76,18 @@ def new_flow() -> ck.Flow:
     return ck.Flow(ck.Normal(2), ck.CNF(ck.MLPField(2, hidden=(64, 64, 64), time="concat")))
 
 
-def trained_flow(name: str) -> ck.Flow:
+def trained_flow(name: str, device: str = "cpu") -> ck.Flow:
     """A trained one: ``"plain"``, by likelihood alone, or ``"rnode"``, with RNODE's penalties; see weights.py."""
     flow = new_flow()
     ck.load(WEIGHTS / f"{name}.safetensors", flow)
-    return flow
+    return flow.to(device)
 
 
-def points(n: int, seed: int) -> Tensor:
+def noise(*shape: int, seed: int, device: str = "cpu") -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def points(n: int, seed: int, device: str = "cpu") -> Tensor:
     """Points of the pinwheel that no training has seen, unless its seed was 1."""
-    return ck.toy_density("pinwheel").sample(n, torch.Generator().manual_seed(seed))
+    return ck.toy_density("pinwheel").sample(n, torch.Generator().manual_seed(seed)).to(device)

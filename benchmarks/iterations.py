@@ -98,9 +98,9 @@ def guarded_way(flow: ck.Flow, x: Tensor, scale: Scale) -> Way:
 
 def training(scale: Scale, below: float = 3e-4) -> dict:
     """A training iteration at one gradient error, for everybody by the cheapest setting that reaches it."""
-    x, results = points(scale.batch, seed=3), {}
+    x, results = points(scale.batch, 3, scale.device), {}
     for name in scale.fields:
-        flow = trained_flow(name)
+        flow = trained_flow(name, scale.device)
         plain = PlainField(flow.bijection.field)
         peers = training_peers(plain)
         require_agreement({"cnfkit": Ours(flow), **peers}, plain)
@@ -134,9 +134,9 @@ def training(scale: Scale, below: float = 3e-4) -> dict:
 
 def over_the_floor(scale: Scale, steps: int = 4) -> dict:
     """A training iteration by a few Runge–Kutta steps over the bare field for as many evaluations."""
-    flow, x = trained_flow("rnode"), points(scale.batch, seed=3)
+    flow, x = trained_flow("rnode", scale.device), points(scale.batch, 3, scale.device)
     bare, evaluations = floor(flow.bijection.field), 4 * steps
-    inputs = torch.cat([x, torch.zeros(len(x), 1)], 1).requires_grad_()
+    inputs = torch.cat([x, x.new_zeros(len(x), 1)], 1).requires_grad_()
     outer = torch.ones_like(x)
 
     def bottom() -> None:

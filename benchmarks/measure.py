@@ -56,9 +56,11 @@ class Scale:
         refreshes: whether iterations on a frozen grid are timed with the choice of the grid, which serves many.
         tight: the tolerance of the truth, in float64.
         tolerances, grids: the settings that are tried, the cheapest first; of grids, the numbers of steps.
+        device: where it is measured.
+        compiled: whether a compiled step is among the modes of precision.
     """
 
-    threads: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = (1, 2)
     fields: tuple[str, ...] = ("plain", "rnode")
     batch: int = 512
     points: int = 10_000
@@ -73,13 +75,31 @@ class Scale:
     # finer tolerances float32 does not resolve, and some solvers would not return
     tolerances: tuple[float, ...] = tuple(10 ** (-k / 2) for k in range(2, 13))
     grids: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
+    device: str = "cpu"
+    compiled: bool = True
 
     def time(self, functions: dict[str, Callable[[], object]], share: float = 1.0) -> dict[str, Timing]:
         """Time functions side by side, for a share of the seconds."""
         return interleaved(functions, share * self.seconds, self.least)
 
 
-QUICK = Scale((1,), ("rnode",), 64, 500, 100, 0.0, 1, 1, (64, 128, 256), (1, 2, 4), False, 1e-6, (1e-5, 1e-6), (16, 24))
+QUICK = Scale(
+    (1,),
+    ("rnode",),
+    64,
+    500,
+    100,
+    0.0,
+    1,
+    1,
+    (64, 128, 256),
+    (1, 2, 4),
+    False,
+    1e-6,
+    (1e-5, 1e-6),
+    (16, 24),
+    compiled=False,
+)
 
 
 def row(name: str, timing: Timing, **facts) -> dict:
@@ -115,6 +135,7 @@ def interleaved(
         raise ValueError("functions is empty; wanted at least one to time")
     if not 1 <= least <= most:
         raise ValueError(f"least is {least!r} and most is {most!r}; wanted 1 <= least <= most")
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None  # a GPU computes behind our back
     order, shuffle = list(functions), random.Random(0).shuffle
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -128,8 +149,10 @@ def interleaved(
                 break
             shuffle(order)
             for name in order:
+                wait()
                 start = time.perf_counter()
                 functions[name]()
+                wait()
                 taken[name].append(time.perf_counter() - start)
             gc.collect(0)
     finally:
@@ -211,13 +234,18 @@ def mean_distance(came: Tensor, truth: Tensor) -> float:
     return (difference.abs() if difference.dim() == 1 else difference.norm(dim=-1)).mean().item()
 
 
-def peak_memory(function: Callable[[], object]) -> int:
+def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes of tensors alive at once during a call, beyond those alive before it.
 
     Every allocation and release of PyTorch's CPU allocator is recorded by its profiler, so that the number is exact:
     what the process occupies moves in pages and arenas, and would hide the few kilobytes a step that are to be seen.
     """
     function()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says on the terminal when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
@@ -229,19 +257,17 @@ def peak_memory(function: Callable[[], object]) -> int:
     return peak
 
 
-def machine(packages: Sequence[str]) -> dict:
+def machine(packages: Sequence[str], device: str = "cpu") -> dict:
     """What the numbers depend on; nothing that tells whose machine it was."""
     versions = {}
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name).split("+")[0]
-    return {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": date.today().isoformat(),
-    }
+    about = {"python": platform.python_version(), "versions": versions, "date": date.today().isoformat()}
+    if device == "cuda":
+        return {"processor": torch.cuda.get_device_name()} | about
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor(), "cores": cores} | about
 
 
 def processor() -> str:

@@ -20,6 +20,7 @@ from tables import TABLES, Table, goals, threads
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCH, TRAIN = RESULTS / "bench.json", RESULTS / "train.json"
+FILES = {"cpu": BENCH, "cuda": RESULTS / "bench_cuda.json"}  # by the device that bench.py measured on
 PAGE = ROOT / "book" / "benchmarks.md"
 
 
@@ -28,9 +29,10 @@ def about(results: dict) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     warning = "From a smoke run, whose times say nothing. " * results.get("quick", False)
+    cores = f"{machine['cores']} cores of " if "cores" in machine else ""
     return (
         f"{warning}Measured on {machine['date']} with {threads(results['threads'])} unless said otherwise, on "
-        f"{machine['cores']} cores of {machine['processor']}; Python {machine['python']}, {versions}."
+        f"{cores}{machine['processor']}; Python {machine['python']}, {versions}."
     )
 
 
@@ -55,12 +57,21 @@ def markdown(tables: Callable[[dict], list[Table]]) -> Callable[[dict], str]:
     return lambda results: "\n\n".join(table.markdown() for table in tables(results))
 
 
+def gpu(results: dict) -> str:
+    """All that was measured on a GPU."""
+    tables = [about(results["gpu"]), markdown(goals)(results["gpu"])]
+    return "\n\n".join(
+        tables + [markdown(body)(results["gpu"]) for name, body in TABLES.items() if name in results["gpu"]]
+    )
+
+
 # What can stand on the page: the results that it needs, and the text that it makes of them.
 BLOCKS: dict[str, tuple[str | None, Callable[[dict], str]]] = {
     "about": (None, about),
     "about_train": ("train", lambda results: about(results["train"])),
     "goals": (None, markdown(goals)),
-    **{name: (name, markdown(tables)) for name, tables in TABLES.items()},
+    **{name: (name, markdown(tables)) for name, tables in TABLES.items() if name != "precision"},
+    "gpu": ("gpu", gpu),
 }
 
 
@@ -71,10 +82,12 @@ def terminal(name: str, results: dict) -> str:
 
 
 def read() -> dict:
-    """All results that are there: of bench.py, and with them those of train.py."""
+    """All results that are there: of bench.py on the CPU and on a GPU, and of train.py."""
     results = json.loads(BENCH.read_text(encoding="utf-8"))
     if TRAIN.is_file():
         results["train"] = json.loads(TRAIN.read_text(encoding="utf-8"))
+    if FILES["cuda"].is_file():
+        results["gpu"] = json.loads(FILES["cuda"].read_text(encoding="utf-8"))
     return results
 
 

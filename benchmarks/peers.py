@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torchdiffeq
-from fields import PlainField, points
+from fields import PlainField, noise, points
 from measure import mean_distance
 from torch import Tensor, nn
 
@@ -86,7 +86,8 @@ class Torchdiffeq(nn.Module):
         fixed = self.method == "rk4"
         options = {"options": {"step_size": 1 / tolerance}} if fixed else {"rtol": tolerance, "atol": tolerance}
         solver = torchdiffeq.odeint_adjoint if self.adjoint else torchdiffeq.odeint
-        return solver(system, state, torch.tensor([start, end]), method=self.method, **options)
+        interval = torch.tensor([start, end], device=next(self.field.parameters()).device)
+        return solver(system, state, interval, method=self.method, **options)
 
     def log_prob(self, x: Tensor, tolerance: float) -> Tensor:
         z, logdet = self.solve(self, (x, torch.zeros_like(x[:, 0])), 0.0, 1.0, tolerance)
@@ -96,7 +97,7 @@ class Torchdiffeq(nn.Module):
         return self.solve(self.field, z, 1.0, 0.0, tolerance)[-1]
 
     def divergence(self, z: Tensor) -> Tensor:
-        return self(torch.tensor(0.0), (z, z[:, 0]))[1]
+        return self(torch.tensor(0.0, device=z.device), (z, z[:, 0]))[1]
 
 
 class Zuko(nn.Module):
@@ -121,7 +122,7 @@ class Zuko(nn.Module):
         return self.at(tolerance).inv(z)
 
     def divergence(self, z: Tensor) -> Tensor:
-        once = lambda system, state, *_: system(torch.tensor(0.0), *state)  # noqa: E731
+        once = lambda system, state, *_: system(torch.tensor(0.0, device=state[0].device), *state)  # noqa: E731
         with mock.patch("zuko.transforms.odeint", once):
             return self.at(1.0).call_and_ladj(z)[1]
 
@@ -146,8 +147,8 @@ class Torchdyn(nn.Module):
         from torchdyn.core import NeuralODE
         from torchdyn.models import CNF, hutch_trace
 
-        d = field.event_shape[0]
-        noise = torch.distributions.MultivariateNormal(torch.zeros(d), torch.eye(d))
+        d, device = field.event_shape[0], next(field.parameters()).device
+        noise = torch.distributions.MultivariateNormal(*(make(d, device=device) for make in (torch.zeros, torch.eye)))
         options = {"trace_estimator": hutch_trace, "noise_dist": noise} if not exact else {}
         with contextlib.redirect_stdout(io.StringIO()):  # it says of every network that it wraps it
             models = CNF(field.net, **options), field.net
@@ -164,12 +165,12 @@ class Torchdyn(nn.Module):
 
     def divergence(self, z: Tensor) -> Tensor:
         state, _ = self.density._prep_integration(torch.cat([torch.zeros_like(z[:, :1]), z], 1), None)  # the probes
-        return -self.density.vf(torch.tensor(0.0), state)[:, 0]
+        return -self.density.vf(torch.tensor(0.0, device=z.device), state)[:, 0]
 
     def solve(self, model: nn.Module, state: Tensor, interval: tuple[float, float], tolerance: float) -> Tensor:
         """The state at the end."""
         model.atol = model.rtol = model.atol_adjoint = model.rtol_adjoint = tolerance
-        return model(state, torch.tensor(interval))[1][-1]
+        return model(state, torch.tensor(interval, device=state.device))[1][-1]
 
 
 def training_peers(field: PlainField) -> dict[str, nn.Module]:
@@ -192,7 +193,8 @@ def judge(plain: PlainField) -> Torchdiffeq:
 
 def require_agreement(libraries: dict[str, nn.Module], plain: PlainField) -> None:
     """Raise unless all libraries give the same log-densities and samples: else they would be timed at other tasks."""
-    x, z = points(200, seed=4), torch.randn(200, 2, generator=torch.Generator().manual_seed(5))
+    device = next(plain.parameters()).device
+    x, z = points(200, 4, device), noise(200, 2, seed=5, device=device)
     with torch.no_grad():
         log_prob, sample = (call(of.double(), 1e-8) for call, of in _calls(judge(plain), x, z))
         for name, library in libraries.items():

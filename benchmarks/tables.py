@@ -152,6 +152,15 @@ def convolution(results: dict) -> list[Table]:
     return [Table("", ("", "ms", "over own tangents"), lines)]
 
 
+def precision(results: dict) -> list[Table]:
+    tables = []
+    for task, rows in results["precision"].items():
+        plain = named(rows, "float32")["ms"]
+        lines = [[row["name"], number(row["error"]), spread(row), times(plain / row["ms"])] for row in rows]
+        tables.append(Table(task, ("", "gradient, from float32's", "ms", "float32's time over it"), lines))
+    return tables
+
+
 def scaling(results: dict) -> list[Table]:
     tables = []
     for what, unit in (("batch", "point"), ("steps", "step")):
@@ -250,5 +259,6 @@ def goals(results: dict) -> list[Table]:
 
 
 TABLES: dict[str, Callable[[dict], list[Table]]] = {
-    f.__name__: f for f in (training, over_the_floor, evaluation, divergence, convolution, scaling, memory, train)
+    f.__name__: f
+    for f in (training, over_the_floor, evaluation, divergence, convolution, precision, scaling, memory, train)
 }

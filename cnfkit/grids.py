@@ -115,7 +115,7 @@ class FrozenGrid(Grid):
     LONGEST = 256
 
     def __init__(
-        self, tolerance: float = 1e-3, every: int = 25, rows: int = 64, method: str = "rk6", **options
+        self, tolerance: float = 5e-4, every: int = 25, rows: int = 64, method: str = "rk6", **options
     ) -> None:
         super().__init__()
         self.every, self.rows = as_count("every", every), as_count("rows", rows)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import fields  # noqa: E402  (of the benchmarks, as all below)
 import measure  # noqa: E402
 import page  # noqa: E402
+import precision  # noqa: E402
 import tables  # noqa: E402
 
 
@@ -178,6 +180,27 @@ def test_a_case_that_was_not_measured_is_said_to_be_so():
 def test_the_figures_can_be_drawn(tmp_path):
     page.pictures.draw(page.read(), tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
+
+
+def test_the_modes_of_precision_are_one_loss_and_are_left_as_they_were_found():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(1)
+    results = precision.precision(replace(measure.QUICK, batch=16, batches=(32,), images=1))
+    assert list(results) == ["16 points", "32 points", "1 images"]
+    for rows in results.values():
+        errors = {row["name"]: row["error"] for row in rows}
+        assert list(errors) == ["float32", "TF32"] and errors["float32"] == 0
+        assert errors["TF32"] < 1e-2
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_what_a_gpu_took_stands_on_the_page_with_its_name():
+    timing = {"ms": 1.0, "low": 1.0, "high": 1.0, "calls": 3}
+    rows = [{"name": "float32", "error": 0.0, **timing}, {"name": "TF32", "error": 2e-4, **timing, "ms": 0.5}]
+    about = {"processor": "GPU", "python": "3", "versions": {}, "date": "2020-01-01"}
+    results = {"gpu": {"machine": about, "threads": 1, "precision": {"512 points": rows}}}
+    text = page.render("% table: gpu\n\n% end: gpu", results)
+    assert "on GPU; Python 3" in text and "| TF32 | 2.0·10⁻⁴ |" in text and "2.0×" in text
 
 
 def test_tables_line_up():
