@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -117,8 +117,9 @@ def training(scale: Scale, below: float = 3e-4) -> dict:
         runs = {way.name: way.run(setting) for way, setting, _ in found}
         results[name] = {"unreached": unreached, "threads": {}}
         for n in scale.threads:
+            rounds = scale if n == scale.threads[0] else replace(scale, least=2)
             with threads(n):
-                taken = scale.time(runs)
+                taken = rounds.time(runs)
             results[name]["threads"][str(n)] = [
                 row(
                     way.name,
