@@ -8,6 +8,7 @@ from torch import nn
 from cnfkit import (
     MADE,
     MLP,
+    ActNorm,
     AdditiveCoupling,
     Affine,
     AffineLU,
@@ -552,3 +553,24 @@ def test_contract_catches_blocks_that_are_undone_in_the_order_in_which_they_were
         bijection_contract(shifts(UndoneInTheOrderInWhichDone), x)
     assert str(failed.value).startswith(f"✗ {INVERSE}: measured ")
     bijection_contract(shifts(Chain), x)
+
+
+# Actnorm
+
+
+class StartsInEveryBatch(ActNorm):
+    """The statistics are those of the batch at hand, so that a point's density depends on its company."""
+
+    def _forward(self, x, context, solve):
+        self._start_from(x.reshape(-1, *self.event_shape))
+        return super()._forward(x, context, solve)
+
+
+def test_contract_catches_an_actnorm_that_starts_in_every_batch():
+    x = torch.randn(4, 3, 2, 2, generator=seeded())
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(StartsInEveryBatch((3, 2, 2)), x)
+    assert str(failed.value).startswith(f"✗ {BATCH}: measured ")
+    whole = ActNorm((3, 2, 2))
+    whole.initialize(x)
+    bijection_contract(whole, x)
