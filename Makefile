@@ -118,8 +118,8 @@ picture: $(SETUP) ## make README's moving picture again
 
 # Each part alone is a target; all of them run even when one fails, and their times are shown.
 .PHONY: test
-test: $(SETUP) ## lint, unit, pairs, nbval and book-strict, timed against the budget of 15 minutes
-	@$(PY) tests/run_parts.py --budget-minutes 15 --make "$(MAKE)" lint unit pairs nbval book-strict
+test: $(SETUP) ## lint, unit, pairs, nbval and book-strict, timed against the budget of 25 minutes
+	@$(PY) tests/run_parts.py --budget-minutes 25 --make "$(MAKE)" lint unit pairs nbval book-strict
 
 .PHONY: lint
 lint: $(SETUP) ## ruff on library, tests, book and notebooks

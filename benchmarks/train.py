@@ -190,7 +190,8 @@ def main() -> None:
         seconds, step, nll = facts["curve"][-1]
         error = f", solver error {facts['solver_error']:.1e}" if "solver_error" in facts else ""
         print(f": {nll:.3f} nats after {seconds:.0f} s, {step} steps{error}", flush=True)
-        results["runs"][name] = facts
+        done = results["runs"] | {name: facts}
+        results["runs"] = {run: done[run] for run in names if run in done}  # in one order, whichever was repeated
         results |= {"machine": machine(PACKAGES), "threads": options.threads, "targets": TARGETS}
         page.write_json(path, results)
     if path == page.TRAIN:

@@ -11,7 +11,7 @@ def main() -> str | None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="+", metavar="PART", help="a target of the Makefile")
     parser.add_argument("--make", default="make", help="the make to call")
-    parser.add_argument("--budget-minutes", type=float, default=15)
+    parser.add_argument("--budget-minutes", type=float, default=25)
     options = parser.parse_args()
 
     rows = []
