@@ -84,6 +84,27 @@ def test_the_peak_of_memory_is_counted_to_the_byte():
     assert 12_000 <= measure.peak_memory(three_at_once) < 12_600  # blocks are aligned
 
 
+@pytest.mark.parametrize("kind", ["concat", "hyper", "by autograd"])
+def test_with_a_step_checkpointing_keeps_a_state_more_and_the_adjoint_nothing(kind):
+    x = torch.randn(64, 2)
+
+    def peak(gradient, steps):
+        solve = ck.Solve(method="rk4", times=ck.uniform_grid(steps), gradient=gradient)
+
+        def run_and_forget():
+            field = ck.MLPField(2, hidden=(16, 16), time="concat" if kind == "by autograd" else kind)
+            cnf = ck.CNF(fields.Bare(field) if kind == "by autograd" else field)
+            (-ck.Flow(ck.Normal(2), cnf).log_prob(x, solve=solve).mean()).backward()
+
+        return measure.peak_memory(run_and_forget)
+
+    state = x.numel() * x.element_size()
+    assert peak("checkpoint", 12) - peak("checkpoint", 4) == 8 * state
+    # beside the last state it keeps of each step whether its numbers were finite, and how large
+    assert 0 <= peak("adjoint", 12) - peak("adjoint", 4) <= 8 * 16
+    assert peak("backprop", 12) - peak("backprop", 4) > 8 * 20 * state
+
+
 def test_what_the_numbers_depend_on_names_nobody():
     about = measure.machine(["torch", "no-such-package"])
     assert about["processor"] and about["versions"].keys() == {"torch"}

@@ -98,7 +98,7 @@ class Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dynamics: Counting, start: float, end: float, solve: Solve, controlled: int, z, *parameters):
-        value, total, path = run(dynamics, z, start, end, solve, controlled)
+        value, total, path = run(dynamics, z, start, end, solve, controlled, keep=True)
         ctx.dynamics, ctx.step = dynamics, solve.on((0, 1), solve.method)
         ctx.steps = [(t, h) for t, h, _ in path]
         ctx.save_for_backward(*parameters, *(begun for _, _, begun in path))

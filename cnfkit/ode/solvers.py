@@ -112,17 +112,17 @@ def without_error(method: str) -> Tableau:
 
 
 def run(
-    dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve, controlled: int
+    dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve, controlled: int, keep: bool = False
 ) -> tuple[Tensor, Tensor, Path]:
     """Solve on a grid, or with steps that are chosen.
 
     Returns:
-        The state at ``end``; the integrals, shape ``(m, n)``; and each step as its time, its length and the state that
-        it began with.
+        The state at ``end``; the integrals, shape ``(m, n)``; and if ``keep`` is set the steps, each as its time, its
+        length and the state that it began with.
     """
     if solve.times is not None:
-        return _on_grid(dynamics, z, start, end, solve)
-    return _adaptively(dynamics, z, start, end, solve, controlled)
+        return _on_grid(dynamics, z, start, end, solve, keep)
+    return _adaptively(dynamics, z, start, end, solve, controlled, keep)
 
 
 def grid_steps(solve: Solve, start: float, end: float) -> list[tuple[float, float]]:
@@ -131,28 +131,37 @@ def grid_steps(solve: Solve, start: float, end: float) -> list[tuple[float, floa
     return [(start + (end - start) * a, (end - start) * (b - a)) for a, b in pairwise(shares)]
 
 
-def _on_grid(dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve) -> tuple[Tensor, Tensor, Path]:
+def _on_grid(
+    dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve, keep: bool
+) -> tuple[Tensor, Tensor, Path]:
     tableau, steps = without_error(solve.method), grid_steps(solve, start, end)
-    evaluations = dynamics.at([time for t, h in steps for time in stages(tableau, t, h)], z)
-    path, integrals, s = [], [], len(tableau.b)
-    for k, (t, h) in enumerate(steps):
-        path.append((t, h, z))
-        z, integral, _ = runge_kutta_step(evaluations[k * s : (k + 1) * s], tableau, h, z)
-        integrals.append(integral)
-    total = torch.stack(integrals).sum(0)
+    # what is made for all steps at once is made faster; where memory is to be spared, nothing is
+    spare = solve.gradient != "backprop"
+    parts = [[step] for step in steps] if spare else [steps]
+    path, good, total, s = [], [], None, len(tableau.b)
+    for part in parts:
+        evaluations = dynamics.at([time for t, h in part for time in stages(tableau, t, h)], z)
+        integrals = []
+        for k, (t, h) in enumerate(part):
+            path.append((t, h, _largest(z) if spare and not keep else z))
+            z, integral, _ = runge_kutta_step(evaluations[k * s : (k + 1) * s], tableau, h, z)
+            integrals.append(integral)
+        integral = torch.stack(integrals).sum(0)
+        total = integral if total is None else total + integral
+        good += [_finite(z) & _finite(total)] if spare else []
     dynamics.stats.accepted, dynamics.stats.times = len(steps), solve.times
     if dynamics.watched and concrete(z) and not finite(z, total):
         # a look at every step would slow down all the solves that go well
-        states = [(t, begun) for t, _, begun in path] + [(end, z)]
-        bad = next(
-            k for k, (_, after) in enumerate(states[1:]) if not finite(after, torch.stack(integrals[: k + 1]).sum(0))
-        )
-        raise not_finite(states[bad][0], bad, states[bad][1])
+        if not spare:
+            after = [state for *_, state in path[1:]] + [z]
+            good = (finite(after[k], torch.stack(integrals[: k + 1]).sum(0)) for k in range(len(steps)))
+        bad = next(k for k, fine in enumerate(good) if not fine)
+        raise not_finite(path[bad][0], bad, path[bad][2])
     return z, total, path
 
 
 def _adaptively(
-    dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve, controlled: int
+    dynamics: Counting, z: Tensor, start: float, end: float, solve: Solve, controlled: int, keep: bool
 ) -> tuple[Tensor, Tensor, Path]:
     """Dormand–Prince with steps from its error estimate; Hairer, Nørsett and Wanner, section II.4."""
     tableau, tolerance, stats = TABLEAUX[solve.method], solve.tolerance, dynamics.stats
@@ -181,7 +190,7 @@ def _adaptively(
             errors = [weighted(h, tableau.error, part) for part in zip(*found, strict=True)]
             error = _error(errors, z, new, total, integral, tolerance, controlled)
         if error <= 1:  # a NaN is not
-            path.append((t, sign * h, z))
+            path += [(t, sign * h, z)] if keep else []
             z, total, first = new, total + integral, found[-1]
             passed = length if last else passed + h
             stats.accepted += 1
@@ -199,7 +208,11 @@ def _adaptively(
 
 def finite(*tensors: Tensor) -> bool:
     """Whether all numbers of all tensors are."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return all(bool(_finite(tensor)) for tensor in tensors)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.isfinite().all()
 
 
 def not_finite(t: float, step: int, z: Tensor) -> SolveError:
@@ -210,7 +223,11 @@ def not_finite(t: float, step: int, z: Tensor) -> SolveError:
 
 def largest(z: Tensor) -> float:
     """The largest absolute number of a state."""
-    return z.detach().abs().amax().item()
+    return _largest(z).item()
+
+
+def _largest(z: Tensor) -> Tensor:
+    return z.detach().abs().amax()
 
 
 def _scaled(parts: list[tuple[Tensor, Tensor]], tolerance: float) -> float:
