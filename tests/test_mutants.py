@@ -6,6 +6,7 @@ from builders import redrawn, seeded
 from torch import nn
 
 from cnfkit import (
+    CNF,
     MADE,
     MLP,
     ActNorm,
@@ -29,18 +30,23 @@ from cnfkit import (
     Logit,
     MixtureCDF,
     MixtureLogit,
+    MLPField,
     NormalMixture,
     Permutation,
     Planar,
     Residual,
     Result,
     ScaleShift,
+    Solve,
     bijection_contract,
     flow_contract,
     mask,
 )
 from cnfkit.bijections.base import sum_event
 from cnfkit.bijections.inversion import solve_increasing
+from cnfkit.ode.cnf import Dynamics
+from cnfkit.ode.solvers import runge_kutta_step, stages
+from cnfkit.ode.tableaux import TABLEAUX
 
 INVERSE = "the inverse undoes the map"
 CANCEL = "both log-determinants cancel"
@@ -574,3 +580,64 @@ def test_contract_catches_an_actnorm_that_starts_in_every_batch():
     whole = ActNorm((3, 2, 2))
     whole.initialize(x)
     bijection_contract(whole, x)
+
+
+# The loop of a solver
+
+
+class SolverOnAWalk(CNF):
+    """Steps of RK4 one after the other; unless it updates the state, the field is always asked where the path began."""
+
+    def __init__(self, field, updates):
+        super().__init__(field)
+        self.updates = updates
+
+    def _integrate(self, points, start, end, context, solve):
+        path = state = points.reshape(-1, *self.event_shape)
+        dynamics, h, logdet = Dynamics(self, Solve(), state, context), (end - start) / 32, state.new_zeros(len(state))
+        for k in range(32):
+            times = points.new_tensor(stages(TABLEAUX["rk4"], start + k * h, h))
+            new, integral, _ = runge_kutta_step(dynamics.at(times), TABLEAUX["rk4"], h, state)
+            path, logdet = path + (new - state), logdet + integral[0]
+            state = path if self.updates else state
+        return Result(path.view(points.shape), logdet.view(points.shape[:-1]))
+
+
+def test_contract_catches_a_solver_that_forgets_to_update_its_state():
+    """A straight line, whatever the steps: it can be trained through, and is not undone."""
+    field, x = redrawn(MLPField(3, hidden=(8,)), scale=0.4), torch.randn(4, 3, generator=seeded())
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(SolverOnAWalk(field, updates=False), x)
+    assert str(failed.value).startswith(f"✗ {INVERSE}: measured ")
+    bijection_contract(SolverOnAWalk(field, updates=True), x)
+
+
+# Estimated log-determinants, where the estimate is exact
+
+
+class EachByItself(nn.Module):
+    """A field with a diagonal Jacobian, whose trace one probe of signs gives without error."""
+
+    event_shape = (3,)
+
+    def __init__(self):
+        super().__init__()
+        self.speed = nn.Parameter(torch.tensor([0.5, -0.3, 0.8]))
+
+    def forward(self, t, z):
+        return torch.tanh(z) * self.speed
+
+
+def uniform_probes(solve, z):
+    """Between -1 and 1: of variance 1/3."""
+    return 2 * torch.rand(1, *z.shape, dtype=z.dtype) - 1
+
+
+def test_contract_catches_probes_without_unit_variance(monkeypatch):
+    flow, x = CNF(EachByItself()), torch.randn(4, 3, generator=seeded())
+    solve = Solve(trace="hutchinson", tolerance=1e-10)
+    bijection_contract(flow, x, solve=solve)
+    monkeypatch.setattr("cnfkit.ode.cnf.draw_probes", uniform_probes)
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(flow, x, solve=solve)
+    assert str(failed.value).startswith(f"✗ {BATCH}: measured ")
