@@ -1,7 +1,7 @@
 """Figures in one style, and pictures that move: in the book without a kernel, in JupyterLab live.
 
 The colours are Okabe and Ito's, which readers with any kind of colour vision can tell apart. Throughout the course
-data are blue and latents are orange.
+data are blue and latents are vermilion.
 """
 
 from __future__ import annotations
