@@ -211,7 +211,7 @@ def test_every_error_that_choosing_quotes_is_raised():
 
 def test_what_choosing_says_of_defaults_and_units():
     grid, solve = ck.FrozenGrid(), ck.Solve()
-    assert (grid.every, grid.adaptive.tolerance, grid.solve.method) == (25, 1e-3, "rk6")
+    assert (grid.every, grid.adaptive.tolerance, grid.solve.method) == (25, 5e-4, "rk6")
     assert (solve.trace, solve.gradient, solve.noise, solve.tolerance) == ("exact", "backprop", "rademacher", 1e-5)
     images = ck.Dequantised(ck.Flow(ck.Uniform(4), ck.Diagonal(4)), ck.UniformDequantiser(256))
     bits = ck.bits_per_dimension(images.log_prob(torch.tensor([[0, 99, 200, 255]])), 4)
