@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from fields import Bare, PlainField, noise, points, trained_flow
+from fields import Bare, PlainField, first_block, noise, points, trained_flow
 from iterations import PENALTIES, over_the_floor, training
 from measure import Scale, cheapest, iteration, mean_distance, peak_memory, relative_distance, row, threads
 from peers import Ours, Torchdiffeq, Torchdyn, Zuko, judge, require_agreement
@@ -97,18 +97,12 @@ def divergence(scale: Scale, dimension: int = 43, width: int = 128) -> dict:
 
 def convolution(scale: Scale) -> dict:
     """A training step of MNIST's first block, by the field's own tangents and by autograd's products."""
-    shape = (1, 28, 28)
-    torch.manual_seed(0)
-    own = ck.ConvField(shape, hidden=(64, 64, 64)).to(scale.device)
-    for parameter in own.parameters():  # the last layer starts at zero, where gradients vanish and times may differ
-        nn.init.normal_(parameter, std=0.02)
-    x = noise(scale.images, *shape, seed=9, device=scale.device)
+    own, x = first_block(scale.images, scale.device)
     solve = ck.Solve(trace="hutchinson", method="rk4", times=ck.uniform_grid(1))
     runs, first = {}, {}
     for name, velocity in (("own tangents", own), ("autograd", Bare(own))):
-        loss = ck.NegativeLogLikelihood(
-            ck.Flow(ck.Normal(shape), ck.CNF(velocity)).to(scale.device), solve=solve, penalties=PENALTIES
-        )
+        flow = ck.Flow(ck.Normal(own.event_shape), ck.CNF(velocity)).to(scale.device)
+        loss = ck.NegativeLogLikelihood(flow, solve=solve, penalties=PENALTIES)
 
         def value(loss=loss) -> Tensor:
             return loss(x, generator=torch.Generator(scale.device).manual_seed(0))[0]

@@ -15,13 +15,13 @@ from pathlib import Path
 import page
 import torch
 from fields import Bare, points, trained_flow
+from iterations import PENALTIES
 from measure import gradient, interleaved, iteration, machine, peak_memory, relative_distance, row
 from torch import nn
 
 import cnfkit as ck
 
 RESULTS = Path(__file__).parent / "choices.json"
-PENALTIES = {"kinetic_energy": 0.01, "jacobian_energy": 0.01}
 KINDS = ("backprop", "checkpoint", "adjoint")
 SECONDS = 5.0
 

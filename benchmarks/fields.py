@@ -83,6 +83,16 @@ def trained_flow(name: str, device: str = "cpu") -> ck.Flow:
     return flow.to(device)
 
 
+def first_block(images: int, device: str = "cpu") -> tuple[ck.ConvField, Tensor]:
+    """The field of MNIST's first block, and noise for its images."""
+    shape = (1, 28, 28)
+    field = ck.ConvField(shape, hidden=(64, 64, 64))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in field.parameters():  # the last layer starts at zero, where gradients vanish and times may differ
+        nn.init.normal_(parameter, std=0.02, generator=generator)
+    return field.to(device), noise(images, *shape, seed=9, device=device)
+
+
 def noise(*shape: int, seed: int, device: str = "cpu") -> Tensor:
     """Standard normal numbers, the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from fields import noise, points, trained_flow
+from fields import first_block, points, trained_flow
 from iterations import PENALTIES
 from measure import Scale, gradient, iteration, relative_distance, row
 from torch import Tensor, nn
@@ -49,19 +49,15 @@ def small_field(scale: Scale, batch: int) -> tuple[nn.Module, Tensor, Loss]:
 
 def images(scale: Scale) -> tuple[nn.Module, Tensor, Loss]:
     """One Runge–Kutta step of MNIST's first block, with a probe and both penalties."""
-    shape = (1, 28, 28)
-    field = ck.ConvField(shape, hidden=(64, 64, 64))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in field.parameters():
-        nn.init.normal_(parameter, std=0.02, generator=generator)
-    flow = ck.Flow(ck.Normal(shape), ck.CNF(field)).to(scale.device)
+    field, x = first_block(scale.images, scale.device)
+    flow = ck.Flow(ck.Normal(field.event_shape), ck.CNF(field)).to(scale.device)
     solve = ck.Solve(trace="hutchinson", method="rk4", times=ck.uniform_grid(1))
 
     def loss(flow: nn.Module, x: Tensor) -> Tensor:
         probes = torch.Generator(x.device).manual_seed(0)
         return ck.NegativeLogLikelihood(flow, solve=solve, penalties=PENALTIES)(x, generator=probes)[0]
 
-    return flow, noise(scale.images, *shape, seed=9, device=scale.device), loss
+    return flow, x, loss
 
 
 def precision(scale: Scale) -> dict:
