@@ -17,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from cnfkit.settings import in_kernel, live
@@ -59,7 +60,7 @@ def show(fig: Figure, alt: str, caption: str = "") -> None:
         ValueError: if ``alt`` is empty.
     """
     _require_alt(alt)
-    data = base64.b64encode(_render(fig, "png", dpi=130)).decode()
+    data = base64.b64encode(_small(_render(fig, "png", dpi=130))).decode()
     _display({"image/png": data, "text/plain": alt}, metadata={"image/png": {"alt": alt}})
     _show_caption(caption)
 
@@ -193,6 +194,14 @@ def _render(fig: Figure, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     fig.savefig(buffer, format=kind, **options)
     plt.close(fig)
+    return buffer.getvalue()
+
+
+def _small(png: bytes) -> bytes:
+    """The picture in the 256 colours that suit it: the same to the eye, in half of the bytes."""
+    picture, buffer = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture.save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 

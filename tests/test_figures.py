@@ -284,6 +284,18 @@ def test_images_are_laid_out_row_by_row(ax):
     assert sheet.get_clim() == (0, 3)
 
 
+def test_a_picture_is_kept_in_few_bytes_and_true_colours(shown):
+    fig, ax = plt.subplots(figsize=(6, 3))
+    ax.imshow(np.random.default_rng(0).random((30, 60)).cumsum(0), cmap=figures.DENSITY)
+    ax.plot([0, 59], [0, 29], color=figures.LATENT, linewidth=0.5)  # few pixels have its colour
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=130)
+    figures.show(fig, "Noise that grows, and a thin line")
+    kept = base64.b64decode(shown[0][0]["image/png"])
+    before, after = (np.asarray(Image.open(picture).convert("RGB"), int) for picture in (buffer, io.BytesIO(kept)))
+    assert np.abs(after - before).max() <= 20 and len(kept) < 0.6 * len(buffer.getvalue())
+
+
 def test_the_style_is_one_and_its_colours_differ_in_lightness():
     with plt.rc_context():
         figures.use_style()
