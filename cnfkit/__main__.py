@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import redirect_stdout
 
 from cnfkit import commands
-from cnfkit.config import own_configs
+from cnfkit.config import known_configs
+from cnfkit.distributed import joined, rank
+from cnfkit.settings import set_precision
 
-CONFIG_HELP = f"a TOML file, or one that comes with cnfkit: {', '.join(own_configs())}"
+CONFIG_HELP = f"a TOML file, or one that comes with cnfkit: {known_configs()}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +33,18 @@ def parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the run in the folder, if there is one"
     )
     made["train"].add_argument("--minutes", type=positive(float), help="end after so many; --resume goes on")
+    made["train"].add_argument(
+        "--deterministic", action="store_true", help="the same bits on CUDA too, for more time; it has them on the CPU"
+    )
+    made["evaluate"].add_argument(
+        "--draws", type=positive(int), default=1, help="of discrete data, how many draws of the noise; 1 unless given"
+    )
+    made["evaluate"].add_argument(
+        "--bin-centres", action="store_true", help="of discrete data, the density in the middle of the cells, too"
+    )
+    made["evaluate"].add_argument(
+        "--tolerance", type=positive(float), nargs="+", help="solve within each of these in turn"
+    )
     made["evaluate"].add_argument("--rows", type=positive(int), help="measure on the first so many test points only")
     made["sample"].add_argument("-n", type=positive(int), default=1000, help="how many; 1000 unless given")
     made["sample"].add_argument("--seed", type=int, default=0)
@@ -51,8 +67,11 @@ def positive(kind: type):
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; what the caller can mend is said in one line."""
     options = vars(parser().parse_args(arguments))
+    set_precision(options.pop("deterministic", False))
     try:
-        return getattr(commands, options.pop("command"))(**options)
+        with joined(), open(os.devnull, "w") as nowhere:
+            with redirect_stdout(sys.stdout if rank() == 0 else nowhere):  # the first process speaks for all
+                return getattr(commands, options.pop("command"))(**options)
     except KeyboardInterrupt:
         print("interrupted; the last record is kept", file=sys.stderr)
         return 130

@@ -11,6 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from cnfkit.noise import check_generator
+
 
 def as_count(name: str, value: int) -> int:
     """``value`` as a number of at least 1, or a ``ValueError`` that names the argument."""
@@ -113,12 +115,6 @@ def check_features(owner: str, context: Tensor | None, batch: torch.Size, featur
     if context.shape[-1] != features:
         raise ValueError(f"{owner}: context has shape {tuple(context.shape)}; wanted {(*batch, features)}")
     return context
-
-
-def check_generator(generator: torch.Generator | None) -> None:
-    """Raise unless it is one, or none."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
 
 
 def draw_normal(*shape: int, generator: torch.Generator | None) -> Tensor:

@@ -10,15 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnfkit.arguments import (
-    as_shape,
-    check_broadcast,
-    check_generator,
-    check_parameter,
-    check_points,
-    check_positive,
-)
+from cnfkit.arguments import as_shape, check_broadcast, check_parameter, check_points, check_positive
 from cnfkit.bijections.base import sum_event
+from cnfkit.noise import Generator, check_generator, draw
 
 
 class Base(nn.Module, ABC):
@@ -45,7 +39,7 @@ class Base(nn.Module, ABC):
         check_points(type(self).__name__, "z", z, self.event_shape, self.like)
         return self._log_prob(z)
 
-    def sample(self, n: int | Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int] = (), generator: Generator | None = None) -> Tensor:
         """Independent points, shape ``(*n, *event_shape)``.
 
         They are drawn on the generator's device and moved to the module's, so that a CPU generator gives the same
@@ -56,8 +50,8 @@ class Base(nn.Module, ABC):
             ValueError: if ``n`` is no number of points and no shape.
         """
         check_generator(generator)
-        device = generator.device if generator else self.like.device
-        return self._sample(as_batch(n), generator, dtype=self.like.dtype, device=device).to(self.like.device)
+        batch, options = as_batch(n), {"dtype": self.like.dtype, "device": self.like.device}
+        return draw(self._sample, batch, generator, **options).to(self.like.device)
 
     @abstractmethod
     def _log_prob(self, z: Tensor) -> Tensor: ...

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cnfkit import figures
+from cnfkit import distributed, figures
 from cnfkit.atomic import put, remove_drafts
 from cnfkit.checkpoint import CheckpointError, inspect, load, save
 from cnfkit.config import FIT, Config, ConfigError, Points, find_config
@@ -26,6 +26,7 @@ from cnfkit.dequantise import Dequantised
 from cnfkit.evaluation import Evaluation
 from cnfkit.evaluation import evaluate as measure
 from cnfkit.flow import Flow
+from cnfkit.ode.solve import Solve
 from cnfkit.rows import fingerprint
 from cnfkit.run import History
 from cnfkit.settings import device
@@ -42,19 +43,21 @@ def train(config: str, output: str | None = None, resume: bool = False, minutes:
     Returns:
         The exit status: 0, or 128 and the number of the signal that ended the run before its time.
     """
-    began, path = time.monotonic(), find_config(config)
-    settings = Config.read(path)
-    folder = Path(output) if output else Path("runs") / path.stem
+    began, (name, text) = time.monotonic(), find_config(config)
+    settings = Config.of(text, f"{name}.toml")
+    folder = Path(output) if output else Path("runs") / name
     _require_free(folder, settings, resume)
+    distributed.wait()  # before the first process writes into the folder
     where, points = device(), settings.points()
     model = settings.built(points).to(where)
     loss = settings.loss_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, LOG, CURVES):
-        remove_drafts(folder / name)
-    put(folder / CONFIG, path.read_bytes())
+    if first := distributed.rank() == 0:
+        for file in (CONFIG, LOG, CURVES):
+            remove_drafts(folder / file)
+        put(folder / CONFIG, text.encode())
     log = Log(folder / LOG, resume, began)
-    print(f"{path.name}: {len(points.train)} points, {_count(model)} parameters, on {where.type}; writes to {folder}/")
+    print(f"{name}: {len(points.train)} points, {_count(model)} parameters, on {where.type}; writes to {folder}/")
     facts = {"config": settings.as_dict(), "event_shape": points.train.shape[1:], "levels": points.levels}
     facts["data"] = fingerprint((points.train, points.test))
 
@@ -70,31 +73,45 @@ def train(config: str, output: str | None = None, resume: bool = False, minutes:
                 **settings.training,
             )
         except FloatingPointError:  # the model has the weights that did best before
-            save(folder / WEIGHTS, model, **facts, seconds=log.seconds())
+            if first:
+                save(folder / WEIGHTS, model, **facts, seconds=log.seconds())
             raise
     facts |= {"history": asdict(history), "seconds": log.seconds()}
-    save(folder / WEIGHTS, model, **facts)
-    if history.steps:
-        draw_curves(history, folder / CURVES)
+    if first:
+        save(folder / WEIGHTS, model, **facts)
+        if history.steps:
+            draw_curves(history, folder / CURVES)
+    distributed.wait()
     step = f"step {inspect(folder / RUN).facts['step']} of {settings.training['steps']}"
     if history.ended == "stop":
         why = f" by {signal.Signals(came[0]).name}" if came else ""
         print(f"stopped{why} at {step}; {_how_to_go_on(config, output)}")
         return 128 + came[0] if came else 0
-    result = _measured(model, points, settings)
-    save(folder / WEIGHTS, model, **facts, test=asdict(result))
+    result = _measured(model, points, settings.solve())
+    if first:
+        save(folder / WEIGHTS, model, **facts, test=asdict(result))
     print(f"{step}, weights of step {history.best_step}")
     print(_said(result, points))
     return 0
 
 
-def evaluate(config: str, output: str | None = None, rows: int | None = None) -> int:
-    """Print the likelihood of the test points under the weights of a run."""
+def evaluate(
+    config: str,
+    output: str | None = None,
+    rows: int | None = None,
+    draws: int = 1,
+    bin_centres: bool = False,
+    tolerance: list[float] | None = None,
+) -> int:
+    """Print the likelihood of the test points under the weights of a run, once for each tolerance that is named."""
     model, settings, facts, _ = restored(config, output)
     points = settings.points()
     if "file" in settings.data and fingerprint((points.train, points.test)) != facts["data"]:
         raise ConfigError(f"{settings.data['file']} is not the file that the model was trained on; wanted the same")
-    print(_said(_measured(model, points, settings, rows), points))
+    for within in tolerance or [None]:
+        solve = settings.solve() if within is None else settings.solve().within(within)
+        result = _measured(model, points, solve, rows, draws=draws, bin_centres=bin_centres)
+        print(_said(result, points) if within is None else f"within {within:g}: {_said(result, points)}", flush=True)
     return 0
 
 
@@ -132,8 +149,8 @@ def restored(config: str, output: str | None) -> tuple[Flow | Dequantised, Confi
     if path.is_dir():
         path = path / WEIGHTS
     elif path.suffix != ".safetensors":
-        file = find_config(config)
-        path, evaluation = Path(output or Path("runs") / file.stem) / WEIGHTS, Config.read(file).evaluation
+        name, text = find_config(config)
+        path, evaluation = Path(output or Path("runs") / name) / WEIGHTS, Config.of(text, f"{name}.toml").evaluation
     if not parts(path):
         raise FileNotFoundError(f"no weights at {path}; train first: python -m cnfkit train {config}")
     facts = inspect(path).facts
@@ -256,10 +273,10 @@ def _require_free(folder: Path, settings: Config, resume: bool) -> None:
                 )
 
 
-def _measured(model, points: Points, settings: Config, rows: int | None = None) -> Evaluation:
+def _measured(model, points: Points, solve: Solve, rows: int | None = None, **options) -> Evaluation:
     test = points.test[:rows].to(next(model.parameters()).device)
-    solve = replace(settings.solve(), generator=torch.Generator().manual_seed(0))  # the same noise each time
-    return measure(model, test, solve=solve, rows=200 if test.dim() == 2 else 32)
+    watched, batch = (200, 2000) if test.dim() == 2 else (32, 500)
+    return measure(model, test, solve=solve, rows=watched, batch=batch, seed=0, **options)
 
 
 def _said(result: Evaluation, points: Points) -> str:

@@ -68,7 +68,9 @@ class Config:
             the ``grid`` of the training's solves, ``"frozen"``, ``"uniform"``, ``"jittered"`` or ``"adaptive"``, with
             options of it and of :class:`cnfkit.Solve`.
         training: options of :func:`cnfkit.fit`.
-        evaluation: options of :class:`cnfkit.Solve`, for all that is measured.
+        evaluation: options of :class:`cnfkit.Solve`, for all that is measured; or ``method`` and ``steps`` of a grid.
+
+    An entry may be a table by the names of data, such as ``alpha = { mnist = 1e-5, cifar10 = 0.05 }``.
     """
 
     source: str
@@ -81,10 +83,7 @@ class Config:
     @classmethod
     def read(cls, path: Path) -> Config:
         """The configuration in a file; raises as :meth:`of`, and an ``OSError`` if it cannot be read."""
-        try:
-            return cls.of(path.read_text(encoding="utf-8"), path.name)
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is no TOML file: {error}") from None
+        return cls.of(_text(path), path.name)
 
     @classmethod
     def of(cls, text: str, source: str) -> Config:
@@ -107,11 +106,11 @@ class Config:
         for name, section in content.items():
             if not isinstance(section, dict):
                 raise ConfigError(f"{source}: {name} is {section!r}; wanted a section, [{name}]")
-            sections[name] = section
+            sections[name] = {entry: _of_data(value, content.get("data", {})) for entry, value in section.items()}
         config = cls(source, **sections)
         _require_known(source, "[data]", config.data, ("name", "file", "points"))
         _require_known(source, "[training]", config.training, _options(fit) - OURS)
-        _require_known(source, "[evaluation]", config.evaluation, SOLVE)
+        _require_known(source, "[evaluation]", config.evaluation, SOLVE | {"steps"})
         if "steps" not in config.training:
             raise ConfigError(f"{source}: [training] has no steps; wanted their number")
         config.call("training", require_settings, FIT | config.training)
@@ -213,7 +212,7 @@ class Config:
 
     def solve(self) -> Solve:
         """How everything is measured."""
-        return self.call("evaluation", Solve, **self.evaluation)
+        return self.call("evaluation", _uniform if "steps" in self.evaluation else Solve, **self.evaluation)
 
     def call(self, section: str, make: Callable, *arguments, **options):
         """What a section describes; what is wrong with it is said with the section's name."""
@@ -223,24 +222,52 @@ class Config:
             raise ConfigError(f"{self.source}: [{section}]: {error}") from None
 
 
-def find_config(name: str | Path) -> Path:
-    """The file of a configuration: of that path, or one that comes with cnfkit, by its name.
+def _of_data(value, data: dict):
+    """An entry that is a table by the name of the data is what that says."""
+    by_data = isinstance(value, dict) and isinstance(data, dict) and data.get("name") in value
+    return value[data["name"]] if by_data else value
+
+
+def find_config(name: str | Path) -> tuple[str, str]:
+    """A configuration by its path, or one that comes with cnfkit by its name: its name, and its text.
 
     Raises:
         ConfigError: if there is none.
     """
-    path, own = Path(name), FOLDER / f"{name}.toml"
+    path, plain = Path(name), str(name).replace("-", "_")
     if path.suffix == ".toml" and path.is_file():
-        return path
-    if own.is_file():
-        return own
+        return path.stem, _text(path)
+    if plain in own_configs():
+        return plain, _text(FOLDER / f"{plain}.toml")
+    for data in IMAGES:
+        kind = plain.removeprefix(f"{data}_")
+        if kind != plain and kind in image_models():
+            return plain, f'[data]\nname = "{data}"\n\n' + _text(FOLDER / "images" / f"{kind}.toml")
     absent = ", which is not there" if path.suffix == ".toml" else ""
-    raise ConfigError(f"CONFIG is {str(name)!r}{absent}; wanted a TOML file, or one of {', '.join(own_configs())}")
+    raise ConfigError(f"CONFIG is {str(name)!r}{absent}; wanted a TOML file, or {known_configs()}")
 
 
 def own_configs() -> list[str]:
     """The names of the configurations that come with cnfkit."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def image_models() -> list[str]:
+    """The models that come with cnfkit for all sets of images."""
+    return sorted(path.stem for path in (FOLDER / "images").glob("*.toml"))
+
+
+def known_configs() -> str:
+    """What may be asked for by name, in words."""
+    data, models = (", ".join(names) for names in (IMAGES, image_models()))
+    return f"one of {', '.join(own_configs())}, or DATA-MODEL with data {data} and model {models}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no TOML file: {error}") from None
 
 
 def _uniform(steps: int, method: str = "rk4", **options) -> Solve:

@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cnfkit.arguments import check_generator, concrete
+from cnfkit.arguments import concrete
 from cnfkit.bijections.base import Result
 from cnfkit.flow import Flow
+from cnfkit.noise import Generator, check_generator, draw, fork
 from cnfkit.ode.solve import Solve, as_solve
 
 
@@ -99,8 +100,7 @@ class UniformDequantiser(Dequantiser):
     """
 
     def _noise(self, k, generator):
-        device = generator.device if generator else k.device
-        noise = torch.rand(k.shape, generator=generator, dtype=self.like.dtype, device=device).to(k.device)
+        noise = draw(torch.rand, k.shape, generator, dtype=self.like.dtype, device=k.device).to(k.device)
         return noise, noise.new_zeros(k.shape[:1])
 
 
@@ -160,7 +160,8 @@ class Dequantised(nn.Module):
 
     .. math:: \log P(k) \ge \mathbb{E}_{u_1 \dots u_m} \log \frac1m \sum_{j=1}^m \frac{p(y_j)}{q(y_j \mid k)}
 
-    One draw gives the variational bound, more draws the importance-weighted one, which rises to :math:`\log P(k)`.
+    One draw gives the variational bound, more draws the importance-weighted one, which rises to :math:`\log P(k)`; but
+    with an estimated trace see :meth:`log_weights`.
     Source: Ho et al., *Flow++*, equation 8; Burda, Grosse and Salakhutdinov, *Importance weighted autoencoders*.
 
     Args:
@@ -222,6 +223,34 @@ class Dequantised(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Result]:
         """The bound, and what the last of the passes to the latents gave beside it; see :meth:`log_prob`."""
+        log_weights, result = self.log_weights(k, context, solve, draws=draws, generator=generator)
+        return torch.logsumexp(log_weights, 0) - math.log(draws), result
+
+    def log_weights(
+        self,
+        k: Tensor,
+        context: Tensor | None = None,
+        solve: Solve | None = None,
+        *,
+        draws: int = 1,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Result]:
+        r"""What the bounds are made of, :math:`\log p(y_j) / q(y_j \mid k)`, and what the last pass gave beside it.
+
+        Hutchinson's probes are the same for all draws of a point: an error of its own in each would not cancel in the
+        mean of the weights, but raise it. Shared probes take most of that away and not all: what bounds is one draw, or
+        the mean of several bounds, or the exact trace.
+
+        Args:
+            k: as in :meth:`log_prob`, and so are the others.
+            context: as there.
+            solve: as there.
+            draws: as there.
+            generator: as there.
+
+        Returns:
+            Shape ``(draws, n)``, and a :class:`cnfkit.Result`.
+        """
         if not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws is {draws!r}; wanted a whole number of at least 1")
         if not isinstance(k, Tensor):
@@ -230,12 +259,13 @@ class Dequantised(nn.Module):
             raise ValueError(f"k has shape {tuple(k.shape)}; wanted (n, {', '.join(map(str, self.event_shape))})")
         generator = as_solve(solve).generator if generator is None else generator
         solve = replace(as_solve(solve), generator=generator)
+        probes = fork(generator) if draws > 1 and solve.trace == "hutchinson" else lambda: generator
         weights = []
         for _ in range(draws):
             y, log_q = self.dequantiser(k, generator)
-            log_prob, result = self.flow.log_prob_and_result(y, context, solve)
+            log_prob, result = self.flow.log_prob_and_result(y, context, replace(solve, generator=probes()))
             weights.append(log_prob - log_q)
-        return torch.logsumexp(torch.stack(weights), 0) - math.log(draws), result
+        return torch.stack(weights), result
 
     @torch.no_grad()
     def sample(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from cnfkit import distributed
 from cnfkit.arguments import as_count
 from cnfkit.dequantise import Dequantised
 from cnfkit.flow import Flow
@@ -118,8 +119,9 @@ class FrozenGrid(Grid):
         self, tolerance: float = 5e-4, every: int = 25, rows: int = 64, method: str = "rk6", **options
     ) -> None:
         super().__init__()
+        choosing = {"max_steps": self.LONGEST - 1, "gradient": "backprop", "precision": "full"}
         self.every, self.rows = as_count("every", every), as_count("rows", rows)
-        self.adaptive = Solve(tolerance=tolerance, **options | {"max_steps": self.LONGEST - 1, "gradient": "backprop"})
+        self.adaptive = Solve(tolerance=tolerance, **options | choosing)
         self.solve = Solve(method=method, times=uniform_grid(1), **options)
         self.served = 0
 
@@ -128,15 +130,22 @@ class FrozenGrid(Grid):
     ) -> Solve:
         """The solve for a batch, on the grid that is kept, or on a new one."""
         if self.served % self.every == 0:
-            adaptive = replace(self.adaptive, generator=generator)
-            with torch.no_grad():
-                given = None if context is None else context[: self.rows]
-                _, result = model.log_prob_and_result(batch[: self.rows], given, adaptive)
-            if not any(stats.times for stats in result.stats):
-                raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
-            self.solve = replace(self.solve, times=max((stats.times for stats in result.stats), key=len))
+            with distributed.agreed():
+                if distributed.rank() == 0:
+                    self.solve = replace(self.solve, times=self.chosen(model, batch, generator, context))
+            self.set_extra_state(distributed.from_first(self.get_extra_state()))
         self.served += 1
         return self.solve
+
+    def chosen(self, model, batch, generator, context) -> tuple[float, ...]:
+        """The times of the adaptive solve's steps, on a few rows."""
+        adaptive = replace(self.adaptive, generator=generator)
+        with torch.no_grad():
+            given = None if context is None else context[: self.rows]
+            _, result = model.log_prob_and_result(batch[: self.rows], given, adaptive)
+        if not any(stats.times for stats in result.stats):
+            raise ValueError("FrozenGrid: the model holds no CNF, and needs no grid")
+        return max((stats.times for stats in result.stats), key=len)
 
     def extra_repr(self) -> str:
         return f"every={self.every}, rows={self.rows}, method={self.solve.method!r}, {self.adaptive}"

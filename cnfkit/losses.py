@@ -46,7 +46,7 @@ class NegativeLogLikelihood(nn.Module):
             as :class:`cnfkit.FrozenGrid`. Its probes come from the generator of the batch.
         penalties: the weights :math:`\lambda_j` by name.
         evaluation: how to solve ODEs in ``eval()`` mode; unless given, with the trace of ``solve`` and steps within a
-            tolerance of 1e-5, so that no grid can flatter the model.
+            tolerance of 1e-5, so that no grid can flatter the model. Energies are reduced as in training.
 
     Raises:
         TypeError: if the model or a solve is of another kind.
@@ -87,7 +87,10 @@ class NegativeLogLikelihood(nn.Module):
         training = self.solve.solve if isinstance(self.solve, Grid) else self.solve
         if training.energies:
             raise ValueError(f"solve has energies {training.energies}; name them in penalties, with weight 0 to watch")
-        self.evaluation = evaluation or training.within(min(training.tolerance or 1e-5, 1e-5))
+        evaluation = evaluation or training.within(min(training.tolerance or 1e-5, 1e-5))
+        self.evaluation = replace(
+            evaluation, reduction=training.reduction
+        )  # the penalties are the same, or no penalties
 
     def extra_repr(self) -> str:
         penalties = "".join(f", {name}={weight}" for name, weight in self.penalties.items())

@@ -7,10 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-
-def seeded(seed: int, purpose: str, k: int) -> torch.Generator:
-    """The generator of one purpose at one step: a function of its arguments alone, so nothing need be saved."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {k}".encode()))
+from cnfkit.noise import seeded
 
 
 def split(data: tuple[Tensor, ...], validation, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

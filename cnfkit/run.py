@@ -6,7 +6,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnfkit import checkpoint as files
+from cnfkit import distributed
 from cnfkit.arguments import as_count, check_positive
 from cnfkit.rows import fingerprint, require_rows, seeded, split
 from cnfkit.shards import parts
@@ -87,6 +88,11 @@ class Run:
         if settings["patience"] is not None and not held_out:
             raise ValueError("patience is given, but validation is 0; wanted held-out points to judge by")
         self.settings["batch"] = min(settings["batch"], len(train[0]))
+        self.parts = self.settings.pop("accumulate") * distributed.processes()
+        if self.parts > self.settings["batch"]:
+            raise ValueError(f"batch is {self.settings['batch']}; wanted at least {self.parts}, the parts it comes in")
+        if self.parts > 1:
+            self.settings["parts"] = self.parts
         if checkpoint is not None:
             learnt = " ".join(self.parameters)
             self.settings["parameters"] = f"{len(self.parameters)} that are trained, {zlib.crc32(learnt.encode()):08x}"
@@ -102,6 +108,7 @@ class Run:
         self.whole = True
         if not loss.training:  # in eval() mode it may be another one
             loss.train()
+        self.parallel = distributed.parallel(loss)
         self.failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self.good = _copies(self.state())  # as of the last record
         if checkpoint is not None and parts(Path(checkpoint)):
@@ -141,13 +148,16 @@ class Run:
 
     def update(self) -> None:
         """The loss of the next batch, and what the optimiser makes of it."""
-        points, *context = self.next_batch()
-        loss, terms = self.call(points, context, seeded(self.seed, "noise", self.step))
-        self.failed |= ~loss.detach().isfinite()
-        if self.device.type == "cpu" or self.step % LOOKS_ON_DEVICE == 0:
-            self.require_finite(f"the loss is {loss.item()}" if self.failed else "")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch, values = self.next_batch(), {}
+        for part in range(distributed.rank(), self.parts, distributed.processes()):
+            points, *context = (rows[part :: self.parts] for rows in batch)
+            share = len(points) / len(batch[0])
+            with self.meanwhile(last=part + distributed.processes() >= self.parts):
+                loss, terms = self.loss_of(part, points, context)
+                (share * distributed.processes() * loss).backward()  # processes take the mean of theirs
+            for name, value in {**terms, "loss": loss.detach()}.items():
+                values[name] = share * value + values[name] if name in values else share * value
         if self.settings["clip"] is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.settings["clip"])
         self.whole = False
@@ -156,12 +166,28 @@ class Run:
             for name, average in self.average.items():
                 decay = min(self.settings["ema"], (1 + self.step) / (10 + self.step))
                 average.lerp_(self.parameters[name], 1 - decay)
-        for name, value in {**terms, "loss": loss.detach()}.items():
+        for name, value in zip(values, distributed.total(as_one(values, self.device)), strict=True):
             self.recent[name] = self.recent[name] + value if name in self.recent else value
         self.counted += 1
 
-    def call(self, points: Tensor, context: list[Tensor], generator: torch.Generator) -> tuple[Tensor, dict]:
-        return self.loss(points, generator=generator, **({"context": context[0]} if context else {}))
+    def meanwhile(self, last: bool) -> AbstractContextManager:
+        """Where the processes keep their gradients to themselves: in all parts of a batch but the last."""
+        return nullcontext() if last or distributed.processes() == 1 else self.parallel.no_sync()
+
+    def loss_of(self, part: int, points: Tensor, context: list[Tensor]) -> tuple[Tensor, dict]:
+        """The loss of a part of the batch, and its terms, once all processes found theirs finite."""
+        noise = "noise" if self.parts == 1 else f"noise {part} of {self.parts}"
+        with distributed.agreed():
+            loss, terms = self.call(self.parallel, points, context, seeded(self.seed, noise, self.step))
+            self.failed |= ~loss.detach().isfinite()
+            if self.device.type == "cpu" or distributed.processes() > 1 or self.step % LOOKS_ON_DEVICE == 0:
+                self.require_finite(f"the loss is {loss.item()}" if self.failed else "")
+        return loss, terms
+
+    def call(
+        self, loss: nn.Module, points: Tensor, context: list[Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict]:
+        return loss(points, generator=generator, **({"context": context[0]} if context else {}))
 
     def next_batch(self) -> list[Tensor]:
         n, batch = len(self.train[0]), self.settings["batch"]
@@ -187,11 +213,12 @@ class Run:
             saved = f"those of step {last} are in {self.checkpoint}" if self.checkpoint and last else ""
             advice = ["try a smaller lr, or standardise the data", best, saved]
             raise FloatingPointError(f"{what}; {'; '.join(filter(None, advice))}") from error
-        warnings.warn(
-            f"{what}; back to the weights of step {last}, at half the learning rate",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"{what}; back to the weights of step {last}, at half the learning rate",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         self.history.recovered.append(self.step)
         self.rate, self.recent, self.counted = self.rate / 2, {}, 0
         self.failed.zero_()
@@ -199,8 +226,9 @@ class Run:
     def record(self) -> None:
         """Note the losses, keep the weights if they are the best, and save."""
         try:
-            finite = not self.failed and all(value.isfinite().all() for value in self.parameters.values())
-            self.require_finite("" if finite else "the loss or a weight is not finite")
+            with distributed.agreed():
+                finite = not self.failed and all(value.isfinite().all() for value in self.parameters.values())
+                self.require_finite("" if finite else "the loss or a weight is not finite")
             judged = self.judge()
         except FloatingPointError as error:
             self.go_back(error)
@@ -232,14 +260,17 @@ class Run:
         """The validation loss, and the error of the training's solver; None without held-out points."""
         if not self.held_out:
             return None
-        generator, total = seeded(self.seed, "validation", 0), 0.0
+        total = torch.zeros((), dtype=torch.float64)
         size, n = max(self.settings["batch"], 512), len(self.held_out[0])
+        batches = list(enumerate(zip(*(part.split(size) for part in self.held_out), strict=True)))
         modes = {module: module.training for module in self.loss.modules()}
         with self.averaged():
             self.loss.eval()
             try:
-                for points, *context in zip(*(part.split(size) for part in self.held_out), strict=True):
-                    total += self.call(points, context, generator)[0].item() * len(points)
+                with distributed.agreed():
+                    for k, (points, *context) in batches[distributed.rank() :: distributed.processes()]:
+                        noise = seeded(self.seed, "validation", k)
+                        total += self.call(self.loss, points, context, noise)[0].item() * len(points)
                 measure = getattr(self.loss, "solver_error", None)
                 rows = [part[:WATCHED] for part in self.held_out]
                 try:
@@ -249,7 +280,7 @@ class Run:
             finally:
                 for module, training in modes.items():
                     module.training = training
-        return total / n, error
+        return distributed.total(total).item() / n, error
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -297,7 +328,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, if there is one: all that the run needs to go on as if it had not stopped."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or distributed.rank():
             return
         tensors = self.state() | {f"recent/{name}": value for name, value in self.recent.items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
@@ -328,6 +359,11 @@ class Run:
         self.good = _part(tensors, "good") or _copies(self.state())
 
 
+def as_one(values: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Numbers by name, as a vector."""
+    return torch.stack([value.to(device) for value in values.values()])
+
+
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -341,7 +377,7 @@ def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 def require_settings(settings: dict) -> dict:
     """The settings, each in its range, or an error that names the one that is not."""
-    for name in ("steps", "batch", "records"):
+    for name in ("steps", "batch", "records", "accumulate"):
         settings[name] = as_count(name, settings[name])
     for name in ("warmup", "recoveries", "seed"):
         value = settings[name]

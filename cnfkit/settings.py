@@ -69,6 +69,19 @@ def data_folder() -> Path:
     return Path(os.environ.get("CNFKIT_DATA") or Path.home() / ".cache" / "cnfkit").expanduser()
 
 
+def set_precision(deterministic: bool = False) -> None:
+    """How CUDA computes from here on: in float32 and not TF32, whose rounding adaptive steps would take for an error.
+
+    Args:
+        deterministic: whether it gives the same bits each time, as the CPU does; else it looks for the fastest way.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def live() -> bool:
     """Whether figures may show live ipywidgets controls: in a notebook's kernel, unless ``CNFKIT_LIVE=0``."""
     return in_kernel() and switch("CNFKIT_LIVE", default=True)

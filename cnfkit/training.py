@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cnfkit import settings
+from cnfkit.distributed import any_of, rank
 from cnfkit.run import History, Run
 
 
@@ -27,6 +28,7 @@ def fit(
     ema: float | None = None,
     patience: int | None = None,
     recoveries: int = 3,
+    accumulate: int = 1,
     records: int = 20,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -44,6 +46,10 @@ def fit(
     the seed and the step: on the CPU, a run that was interrupted, or killed, and resumed ends in the same weights as
     one that was not. With a validation split, the model ends with the weights that did best on it. A loss in ``eval()``
     mode is put into training mode first.
+
+    Where ``torchrun`` started several processes, and they have joined as ``python -m cnfkit train`` has them do, each
+    takes its share of every batch, and the first writes the files. ``P`` processes with ``accumulate=a`` take the steps
+    that one takes with ``accumulate=a * P``, up to rounding.
 
     A loss that is not finite, or a solve that fails, sends the run back to the weights of the last record, and on with
     the next batches at half the learning rate; a warning says so.
@@ -64,12 +70,13 @@ def fit(
             :math:`\bar\theta` that is validated, and that the model ends with.
         patience: how many records without a better validation loss end the run early; none unless given.
         recoveries: how often the run may go back before it gives up.
+        accumulate: the parts that a batch is taken in, one after the other, to save memory.
         records: how often, in equal parts of the run, the losses are recorded, and the checkpoint is written.
         seed: of the split, the order and the noise.
         checkpoint: a file to resume from, if it is there, and to save to: at each record, and when stopped or
             interrupted (unless in the middle of an update; then the last record stands). The model of an interrupted
             run has the weights of its last step.
-        report: called with the history after each record.
+        report: called with the history after each record; in several processes, in the first.
         stop: asked after each step; when it says True, the run is saved, and ends as if it were finished.
         progress: whether to show a bar; by default in a terminal or notebook, unless ``CNFKIT_PROGRESS=0``.
 
@@ -107,10 +114,11 @@ def fit(
         ema=ema,
         patience=patience,
         recoveries=recoveries,
+        accumulate=accumulate,
         records=records,
         seed=seed,
     )
-    shown = progress if progress is not None else settings.progress()
+    shown = (progress if progress is not None else settings.progress()) and rank() == 0
     with tqdm(total=steps, initial=run.step, disable=not shown, leave=False, unit="step") as bar:
         try:
             while not run.finished:
@@ -118,9 +126,9 @@ def fit(
                 bar.update()
                 if run.history.steps and run.history.steps[-1] == run.step:
                     bar.set_postfix_str(_summary(run.history), refresh=False)
-                    if report is not None:
+                    if report is not None and rank() == 0:
                         report(run.history)
-                if stop is not None and not run.finished and stop():
+                if not run.finished and any_of(stop is not None and stop()):
                     run.save()
                     run.history.ended = "stop"
                     break

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import fields  # noqa: E402  (of the benchmarks, as all below)
+import full_size  # noqa: E402
 import measure  # noqa: E402
 import page  # noqa: E402
 import precision  # noqa: E402
@@ -213,6 +214,16 @@ def test_the_modes_of_precision_are_one_loss_and_are_left_as_they_were_found():
         assert list(errors) == ["float32", "TF32"] and errors["float32"] == 0
         assert errors["TF32"] < 1e-2
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_a_step_at_full_size_is_taken_apart():
+    """With a small network in place of it."""
+    rows = full_size.measured("digits-rnode", 2, "cpu", seconds=0.0, compiled=False)
+    assert [row["mode"] for row in rows] == list(full_size.MODES)
+    errors = [row["error"] for row in rows]
+    assert errors[0] == 0 and errors[1] < 1e-2 and 1e-4 < errors[2] < 0.1
+    for row in rows:
+        assert 0 < row["convolutions"] < 1 and row["images_per_second"] == pytest.approx(2000 / row["ms"], rel=0.05)
 
 
 def test_what_a_gpu_took_stands_on_the_page_with_its_name():

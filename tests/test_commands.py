@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import cnfkit as ck
 from cnfkit import checkpoint as files
 from cnfkit.__main__ import main
-from cnfkit.config import FOLDER, Config, ConfigError, Points, find_config, own_configs
+from cnfkit.config import FOLDER, IMAGES, Config, ConfigError, Points, find_config, image_models, own_configs
 from cnfkit.settings import data_folder
 
 TINY = """
@@ -35,6 +36,31 @@ batch = 16
 records = 4
 ema = 0.9
 """
+TINY_DIGITS = """
+[data]
+name = "digits"
+
+[model]
+name = "ffjord"
+hidden = [4]
+scales = 1
+blocks = 1
+
+[loss]
+grid = "uniform"
+steps = 1
+trace = "hutchinson"
+
+[training]
+steps = 4
+batch = 16
+records = 2
+
+[evaluation]
+trace = "hutchinson"
+tolerance = 1e-2
+"""
+CONFIG_OF_A_GRID = TINY + '[evaluation]\nmethod = "rk4_38"\nsteps = 8\n'
 TINY_CNF = """
 [data]
 name = "pinwheel"
@@ -96,7 +122,7 @@ def test_own_configurations_train(name, here, capsys):
 
 
 def test_the_recipe_for_mnist_is_that_of_the_paper():
-    config = Config.of((FOLDER / "mnist_rnode.toml").read_text(), "mnist_rnode")
+    config = Config.of(find_config("mnist-rnode-paper")[1], "mnist_rnode_paper")
     images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     model = config.built(Points(images, 0.1, images, levels=256))
     assert sum(p.numel() for p in model.parameters()) == 800_636
@@ -108,11 +134,39 @@ def test_the_recipe_for_mnist_is_that_of_the_paper():
     assert config.training["batch"] == 200 and config.training["steps"] == 100 * 54_000 // 200
 
 
+@pytest.mark.parametrize("model", image_models())
+def test_every_model_of_images_takes_every_set(model):
+    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    assert set(shapes) == set(IMAGES)
+    for data, shape in shapes.items():
+        name, text = find_config(f"{data}-{model}".replace("_", "-"))
+        config = Config.of(text, name)
+        assert name == f"{data}_{model}" and config.data == {"name": data}
+        if not (FOLDER / f"{name}.toml").is_file():
+            assert config.model["alpha"] == (1e-5 if "mnist" in data else 0.05)
+        images = torch.zeros(4, *shape, dtype=torch.uint8)
+        if data == "digits":
+            model_of_it = config.built(Points(images, 0.1, images, levels=17))
+            options = config.training | {"steps": 1, "batch": 4, "records": 1}
+            history = ck.fit(config.loss_of(model_of_it), images, validation=0, progress=False, **options)
+            assert np.isfinite(history.train[0])
+        config.loss_of(config.shaped(shape, 256))
+
+
+def test_a_flow_of_images_is_judged_on_a_grid_that_is_asked_for():
+    config = Config.of(find_config("mnist-rnode")[1] + "method = 'rk4'\nsteps = 8\n".replace("'", '"'), "own")
+    assert "tolerance" in config.evaluation
+    with pytest.raises(ConfigError, match=r"own: \[evaluation\]: times and tolerance are both given"):
+        config.solve()
+    solve = Config.of(CONFIG_OF_A_GRID, "own").solve()
+    assert solve.times == ck.uniform_grid(8) and solve.method == "rk4_38"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (("[data]", "[dat]"), "tiny.toml: a section has 'dat'; wanted data, evaluation, loss, model, training"),
-        (("steps = 12", "step = 12"), "tiny.toml: [training] has 'step'; wanted batch, clip, ema, lr,"),
+        (("steps = 12", "step = 12"), "tiny.toml: [training] has 'step'; wanted accumulate, batch, clip, ema,"),
         (("steps = 12", ""), "tiny.toml: [training] has no steps; wanted their number"),
         (("layers = 2", "depth = 2"), "tiny.toml: [model] of the name 'realnvp' has 'depth'; wanted"),
         (('"realnvp"', '"realNVP"'), "tiny.toml: [model] name is 'realNVP'; wanted one of nice, realnvp, glow"),
@@ -168,6 +222,7 @@ def test_grids_of_a_cnf(here, capsys):
 def test_an_unknown_configuration(here, capsys):
     error = said(capsys, "train", "three_moons", status=1)
     assert "CONFIG is 'three_moons'; wanted a TOML file, or one of digits" in error
+    assert "or DATA-MODEL with data digits, mnist, fashion_mnist, cifar10 and model ffjord, glow, realnvp" in error
     with pytest.raises(ConfigError):
         find_config("absent.toml")
 
@@ -385,6 +440,23 @@ def test_a_full_disk_leaves_the_last_good_state(here, capsys, monkeypatch):
     said(capsys, "train", config, "--output", "parts", "--resume")
     said(capsys, "train", config, "--output", "straight")
     assert_same_weights("straight", "parts")
+
+
+def test_digits_are_measured_in_several_ways(here, capsys):
+    """Bounds with their draws, the figure at the bin centres under its name, and one line for each tolerance."""
+    config = write(here, TINY_DIGITS)
+    said(capsys, "train", config, "--deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    out = said(
+        capsys, "evaluate", config, "--draws", "3", "--bin-centres", "--rows", "40", "--tolerance", "1e-2", "1e-3"
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
+    first, second = out.splitlines()
+    assert first.startswith("within 0.01: test: ") and second.startswith("within 0.001: test: ")
+    pattern = r"test: (\S+) ± \S+ bits/dim, importance-weighted with 3 draws (\S+), at bin centres \(no bound\) (\S+),"
+    bound, weighted, _ = map(float, re.search(pattern, first).groups())
+    assert weighted < bound
+    assert said(capsys, "evaluate", config, "--rows", "40") == said(capsys, "evaluate", config, "--rows", "40")
 
 
 def test_the_help_names_the_configurations(capsys):

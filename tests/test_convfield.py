@@ -5,7 +5,7 @@ import torch
 from builders import Bare, redrawn, seeded
 from torch.func import jacrev, vmap
 
-from cnfkit import CNF, ConvField, Flow, Normal, Solve, bijection_contract, uniform_grid
+from cnfkit import CNF, ConvField, Flow, FrozenGrid, Normal, Solve, bijection_contract, uniform_grid
 from cnfkit.ode.convfield import activate, plain_activate
 
 D = torch.float64
@@ -63,6 +63,21 @@ def test_a_training_step_has_autograds_gradients(trace):
         loss = -flow.log_prob(x, solve=solve).mean()
         found.append((loss, *torch.autograd.grad(loss, list(field.parameters()))))
     torch.testing.assert_close(*found)
+
+
+def test_half_the_digits_give_nearly_the_same_gradients():
+    """And none of it is left in a solve that judges."""
+    field, x, found = field_of((1, 4, 4)).float(), normal(4, 1, 4, 4).float(), []
+    flow = Flow(Normal((1, 4, 4)), CNF(field))
+    for precision in ("full", "bfloat16"):
+        solve = Solve(trace="hutchinson", method="rk4", times=uniform_grid(2), precision=precision, generator=seeded())
+        loss = -flow.log_prob(x, solve=solve).mean()
+        gradients = torch.autograd.grad(loss, list(field.parameters()))
+        found.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
+    (loss, gradient), (other, rough) = found
+    assert rough.dtype == torch.float32 and 0 < (loss - other).abs() < 0.05 * loss.abs()
+    assert 1e-5 < (gradient - rough).norm() / gradient.norm() < 0.05
+    assert solve.within(1e-5).precision == "full" and FrozenGrid(precision="bfloat16").adaptive.precision == "full"
 
 
 def test_contract():

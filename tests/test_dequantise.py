@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnfkit import (
+    CNF,
     MLP,
     Affine,
     AffineCoupling,
@@ -21,8 +22,10 @@ from cnfkit import (
     Flatten,
     Flow,
     Logit,
+    MLPField,
     NegativeLogLikelihood,
     Normal,
+    Solve,
     Uniform,
     UniformDequantiser,
     VariationalDequantiser,
@@ -31,7 +34,9 @@ from cnfkit import (
     load,
     mask,
     save,
+    uniform_grid,
 )
+from cnfkit.noise import PointNoise
 
 
 def logistic_model(levels: int = 5) -> Dequantised:
@@ -75,6 +80,25 @@ def test_bound_rises_with_draws_to_the_log_probability():
     gap = exact.repeat(4000) - bounds[16]
     assert gap.mean() > 5 * gap.std() / math.sqrt(len(gap)), "16 draws are still a bound"
     torch.testing.assert_close(many, exact, atol=0.05, rtol=0)
+
+
+class Middle(Dequantiser):
+    """No noise at all, so that draws differ in their probes alone."""
+
+    def _noise(self, k, generator):
+        return torch.full(k.shape, 0.5), torch.zeros(len(k))
+
+
+@pytest.mark.parametrize("noise", [seeded(), PointNoise(0, range(6))])
+def test_draws_share_their_probes(noise):
+    """Noise of their own would be taken for weights that differ: its exponentials have a mean above one."""
+    flow = Flow(Normal(2), CNF(redrawn(MLPField(2, (8,)))))
+    k, solve = torch.randint(4, (6, 2), generator=seeded()), Solve(trace="hutchinson").on(uniform_grid(2))
+    model = Dequantised(flow, Middle(4))
+    weights, _ = model.log_weights(k, solve=solve, draws=3, generator=noise)
+    assert weights[1:].equal(weights[:1].expand(2, 6))
+    assert not model.log_weights(k, solve=solve, draws=3, generator=noise)[0].equal(weights), "but not of all calls"
+    torch.testing.assert_close(model.log_weights(k)[0], flow.log_prob((k + 0.5) / 4)[None] - 2 * math.log(4))
 
 
 def test_samples_are_levels_as_often_as_they_are_probable():

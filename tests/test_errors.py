@@ -13,6 +13,7 @@ from torch import nn
 
 import cnfkit as k
 from cnfkit import figures
+from cnfkit.noise import PointNoise
 
 EYE, X = torch.eye(2), torch.zeros(3, 2)
 EVEN = k.mask("even", 2)
@@ -1267,7 +1268,32 @@ TABLE = {
     ),
     "evaluation of a map": Bad(lambda: k.evaluate(cnf(), X), T, "model is a CNF; wanted a Flow or a Dequantised"),
     "evaluation at one point": Bad(
-        lambda: k.evaluate(flow(), X[:1]), V, "x has 1 points; a standard error needs at least 2"
+        lambda: k.evaluate(flow(), X[:1]), V, "x has 1 points; a standard error needs at least 2, and each process one"
+    ),
+    "evaluation in draws of a flow": Bad(
+        lambda: k.evaluate(flow(), X, draws=2), V, "draws and bin_centres are for a Dequantised, but model is a Flow"
+    ),
+    "evaluation at bin centres of a flow": Bad(
+        lambda: k.evaluate(flow(), X, bin_centres=True), V, "are for a Dequantised, but model is a Flow; leave them out"
+    ),
+    "evaluation with a seed that is none": Bad(
+        lambda: k.evaluate(flow(), X, seed="0"), V, "seed is '0'; wanted a whole number, or None"
+    ),
+    "evaluation in batches of none": Bad(
+        lambda: k.evaluate(flow(), X, batch=0), V, "batch is 0; wanted a whole number of at least 1"
+    ),
+    "noise for other points": Bad(
+        lambda: k.Normal(2).sample(4, PointNoise(0, range(3))),
+        V,
+        "generator has noise for 3 points; wanted it for 4",
+    ),
+    "half precision with steps that adapt": Bad(
+        lambda: k.Solve(precision="bfloat16"),
+        V,
+        "precision is 'bfloat16', which adaptive steps would take",
+    ),
+    "an unknown precision": Bad(
+        lambda: k.Solve(precision="half"), V, "precision is 'half'; wanted one of full, bfloat16"
     ),
     "evaluation of no rows": Bad(
         lambda: k.evaluate(flow(), X, rows=0), V, "rows is 0; wanted a whole number of at least 1"

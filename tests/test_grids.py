@@ -255,6 +255,13 @@ def test_evaluation_has_the_trace_of_training(kind):
     assert NegativeLogLikelihood(model(), solve=solve).evaluation == wanted
 
 
+def test_penalties_are_validated_as_they_are_trained():
+    """Whatever the evaluation says, a mean over the dimensions is not compared with a sum."""
+    training, judging = Solve(times=(0, 1), reduction="mean"), Solve(tolerance=1e-3, reduction="sum")
+    loss = NegativeLogLikelihood(model(), solve=training, penalties=BOTH, evaluation=judging)
+    assert loss.evaluation == Solve(tolerance=1e-3, reduction="mean")
+
+
 def test_probes_and_times_come_from_the_generator_of_the_batch():
     for solve in (
         Solve(trace="hutchinson", times=(0, 1)),

@@ -641,3 +641,62 @@ def test_contract_catches_probes_without_unit_variance(monkeypatch):
     with pytest.raises(CheckFailed) as failed:
         bijection_contract(flow, x, solve=solve)
     assert str(failed.value).startswith(f"✗ {BATCH}: measured ")
+
+
+# A field that sees other points
+
+
+class InCompany(nn.Module):
+    """A field on points that are centred and scaled by their own batch, or by constants."""
+
+    event_shape = (3,)
+
+    def __init__(self, by_batch):
+        super().__init__()
+        self.field, self.by_batch = redrawn(MLPField(3, hidden=(8,)), scale=0.4), by_batch
+
+    def forward(self, t, z):
+        mean, scale = (z.mean(0), (z.var(0, correction=0) + 1e-5).sqrt()) if self.by_batch else (0.5, 2.0)
+        return self.field(t, (z - mean) / scale)
+
+
+def test_contract_catches_batch_normalisation_inside_a_field():
+    """It is a map of whole batches, whose determinant the points' own traces do not give."""
+    x = torch.randn(4, 3, generator=seeded())
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(CNF(InCompany(by_batch=True)), x)
+    assert str(failed.value).startswith(f"✗ {BATCH}: measured ")
+    bijection_contract(CNF(InCompany(by_batch=False)), x)
+
+
+# A field of images whose derivatives are carried by hand
+
+
+class CarriedByHand(nn.Module):
+    """Two convolutions; a derivative that passes them must leave their biases behind."""
+
+    event_shape = (1, 2, 2)
+
+    def __init__(self, biased):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, 3, padding=1)
+        self.biased = biased
+
+    def forward(self, t, z):
+        return self.last(torch.tanh(self.first(z) + t))
+
+    def with_products(self, t, z, probes):
+        probes = torch.eye(4).to(z).view(4, 1, 1, 2, 2).expand(-1, *z.shape) if probes is None else probes
+        slope = 1 - torch.tanh(self.first(z) + t).square()
+        return self(t, z), torch.stack([self.carry(self.last, slope * self.carry(self.first, e)) for e in probes])
+
+    def carry(self, layer, delta):
+        return layer(delta) if self.biased else nn.functional.conv2d(delta, layer.weight, padding=1)
+
+
+def test_contract_catches_derivatives_that_take_a_bias_along():
+    x = torch.randn(4, 1, 2, 2, generator=seeded())
+    with pytest.raises(CheckFailed) as failed:
+        bijection_contract(CNF(CarriedByHand(biased=True)), x)
+    assert str(failed.value).startswith(f"✗ {JACOBIAN}: measured ")
+    bijection_contract(CNF(CarriedByHand(biased=False)), x)

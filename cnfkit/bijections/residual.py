@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cnfkit.arguments import as_count, check_positive, full_precision
 from cnfkit.bijections.base import Bijection, Result
+from cnfkit.noise import PointNoise, draw
 from cnfkit.ode.divergence import average, draw_probes
 from cnfkit.ode.solve import Solve
 
@@ -159,16 +160,16 @@ class Residual(Bijection):
 
     def _estimate(self, pull: Callable, x: Tensor, solve: Solve) -> Tensor:
         probes = draw_probes(solve, x)
-        numbers, another = [self.terms] * len(probes), 1.0
+        numbers, another = torch.full((len(probes),), self.terms or ALWAYS), 1.0
         if self.terms is None:
-            device, another = solve.generator.device if solve.generator else "cpu", ANOTHER
-            more = torch.empty(len(probes), device=device).geometric_(1 - another, generator=solve.generator) - 1
-            numbers = (ALWAYS + more).long().tolist()
+            each = isinstance(solve.generator, PointNoise)  # then each point has a number of terms of its own
+            numbers, another = numbers[0] + draw(_further, probes.shape[: 1 + each], solve.generator, points=1), ANOTHER
         estimates = []
         for v, n in zip(probes, numbers, strict=True):
             w, series, total = v, 0.0, 0.0
             with torch.no_grad():
-                for k in range(n):
+                for k in range(int(n.max())):
+                    w = w * (k < n).to(w).view(-1, *[1] * (w.dim() - 1)) if n.dim() else w
                     weight = (-1) ** k / another ** max(k + 1 - ALWAYS, 0)  # divided by P(N > k)
                     series = series + weight * w  # of w = vᵀJᵏ
                     w = pull(w)
@@ -188,6 +189,11 @@ def _log_determinant(pull: Callable, x: Tensor) -> Tensor:
     unit = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
     jacobian = torch.stack([pull(row.view(x.shape[1:]).expand_as(x)).flatten(1) for row in unit], 1)
     return torch.linalg.slogdet(unit + jacobian).logabsdet
+
+
+def _further(shape: tuple[int, ...], generator: torch.Generator | None, **options) -> Tensor:
+    """How many terms more than those that are always taken."""
+    return (torch.empty(shape, **options).geometric_(1 - ANOTHER, generator=generator) - 1).long()
 
 
 def _linearised(g: Callable, x: Tensor) -> tuple[Tensor, Callable]:

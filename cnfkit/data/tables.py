@@ -66,7 +66,9 @@ def table(name: str, folder: str | Path | None = None) -> Table:
     a fifth of the others for validation, in a fixed split; the training rows have mean 0 and variance 1. Their targets
     are three cultivars, malignant (0) or benign (1), and the progression of the disease.
 
-    Columns whose least value occurs more than five times have no density, and are left out.
+    Columns whose least value occurs more than five times have no density, and are left out. The diabetes table keeps
+    some that a flow must not be trusted with as they are: whole numbers, such as the age, and ``s2``, a function of
+    ``s1``, ``s3`` and ``s5`` but for rounding (Friedewald's formula).
 
     Args:
         name: one of these.

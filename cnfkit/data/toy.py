@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnfkit.arguments import check_generator, check_points
+from cnfkit.arguments import check_points
+from cnfkit.noise import check_generator
 
 
 class ToyDensity(ABC):

@@ -173,7 +173,8 @@ class Dynamics:
 
     def moments(self, times: Tensor) -> list[Moment]:
         """The field at some times."""
-        return moments(self.field, times, self.context)
+        found = moments(self.field, times, self.context)
+        return found if self.solve.precision == "full" else [moment.lowered() for moment in found]
 
     def evaluations(self, found: list[Moment]) -> list:
         """The dynamics at some moments, as functions of the state."""

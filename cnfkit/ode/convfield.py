@@ -87,6 +87,9 @@ class ConvMoment(Moment):
         super().__init__(field, t)
         self.layers = layers
 
+    def lowered(self) -> ConvMoment:
+        return ConvMoment(self.field, self.t, [tuple(part.bfloat16() for part in layer) for layer in self.layers])
+
     def value(self, z: Tensor) -> Tensor:
         return self._pass(z[None])[0]
 
@@ -102,11 +105,12 @@ class ConvMoment(Moment):
 
         The channels of a pixel lie side by side in memory, in which convolutions take a tenth less time.
         """
+        dtype, both = both.dtype, both.to(self.layers[0][0].dtype)
         both = both.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, both.shape[:2])
         for weight, shift in self.layers[:-1]:
             both = activate(_convolve(both, weight), shift)
         weight, shift = self.layers[-1]
-        both = _convolve(both, weight)
+        both = _convolve(both, weight).to(dtype)
         return torch.cat([both[:1] + shift, both[1:]]) if len(both) > 1 else both + shift
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from cnfkit.noise import draw
 from cnfkit.ode.solve import Solve
 
 
@@ -20,11 +21,14 @@ def draw_probes(solve: Solve, z: Tensor) -> Tensor | None:
     estimated = solve.trace == "hutchinson" or (solve.probes is not None and "jacobian_energy" in solve.energies)
     if solve.trace == "none" or not estimated:
         return None
-    options = {"dtype": torch.float32, "device": solve.generator.device if solve.generator else z.device}
+    kind = torch.randn if solve.noise == "gaussian" else signs
     shape = (solve.probes or 1, *z.shape)
-    if solve.noise == "gaussian":
-        return torch.randn(shape, generator=solve.generator, **options).to(z)
-    return torch.randint(0, 2, shape, generator=solve.generator, **options).mul_(2).sub_(1).to(z)
+    return draw(kind, shape, solve.generator, points=1, dtype=torch.float32, device=z.device).to(z)
+
+
+def signs(shape: tuple[int, ...], **options) -> Tensor:
+    """Numbers 1 and -1, equally likely."""
+    return torch.randint(0, 2, shape, **options).mul_(2).sub_(1)
 
 
 def divergence(products: Tensor, probes: Tensor | None) -> Tensor:

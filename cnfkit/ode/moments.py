@@ -72,6 +72,10 @@ class Moment:
             warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
             return torch.func.jvp(lambda t, z: field(t, z, *context), (self.t, z), (torch.ones_like(self.t), v))[1]
 
+    def lowered(self) -> Moment:
+        """The same with its products in bfloat16, for fields that spend their time on them; others stay as they are."""
+        return self
+
     def time_derivative_of_potential(self, z: Tensor) -> Tensor:
         r"""Of a field that is a gradient, :math:`\partial \Phi / \partial t`, shape ``(n,)``."""
         raise ValueError(

@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from cnfkit.arguments import as_count
+from cnfkit.noise import Generator, check_generator
 from cnfkit.ode.tableaux import TABLEAUX
 
 TRACES = ("exact", "hutchinson", "none")
 NOISES = ("rademacher", "gaussian")
 GRADIENTS = ("backprop", "checkpoint", "adjoint")
+PRECISIONS = ("full", "bfloat16")
 ENERGIES = ("kinetic_energy", "jacobian_energy", "total_derivative", "hamilton_jacobi")
 TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun3", "rk4")  # those of Adams are wrong on unequal steps
 TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
@@ -53,6 +54,8 @@ class Solve:
         energies: which energies of the path to integrate, of ``"kinetic_energy"``, ``"jacobian_energy"``,
             ``"total_derivative"`` and ``"hamilton_jacobi"``, see :class:`cnfkit.CNF`.
         reduction: ``"sum"`` over the dimensions in the energies, or their ``"mean"``.
+        precision: ``"full"``, that of the points; or ``"bfloat16"`` for the convolutions of a :class:`cnfkit.ConvField`
+            on a grid, which halves what they move through memory; states, divergences and energies stay in full.
         max_steps: a bound on the number of steps.
 
     Raises:
@@ -68,7 +71,7 @@ class Solve:
     trace: str = "exact"
     probes: int | None = None
     noise: str = "rademacher"
-    generator: torch.Generator | None = field(default=None, repr=False)  # its repr is an address
+    generator: Generator | None = field(default=None, repr=False)  # its repr is an address
     method: str = "dopri5"
     times: tuple[float, ...] | None = None
     tolerance: float | None = None
@@ -76,6 +79,7 @@ class Solve:
     gradient: str = "backprop"
     energies: tuple[str, ...] = ()
     reduction: str = "sum"
+    precision: str = "full"
     max_steps: int = 10_000
 
     def __post_init__(self) -> None:
@@ -83,11 +87,11 @@ class Solve:
         _require_known("noise", self.noise, NOISES)
         _require_known("gradient", self.gradient, GRADIENTS)
         _require_known("reduction", self.reduction, ("sum", "mean"))
+        _require_known("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "max_steps", as_count("max_steps", self.max_steps))
         if self.probes is not None:
             object.__setattr__(self, "probes", as_count("probes", self.probes))
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator is a {type(self.generator).__name__}; wanted a torch.Generator")
+        check_generator(self.generator)
         if isinstance(self.energies, str):
             raise ValueError(f"energies is {self.energies!r}; wanted a tuple of names, such as ({self.energies!r},)")
         if not isinstance(self.energies, Iterable):
@@ -105,7 +109,7 @@ class Solve:
         For judging: the log-determinant is controlled with Hutchinson too.
         """
         steps = {"method": "dopri5", "times": None, "tolerance": tolerance, "max_steps": max(self.max_steps, 10_000)}
-        return replace(self, **steps, control_logdet=True, gradient="backprop")
+        return replace(self, **steps, control_logdet=True, gradient="backprop", precision="full")
 
     def on(self, times: Iterable[float], method: str = "rk4") -> Solve:
         """The same options on a fixed grid.
@@ -141,6 +145,10 @@ class Solve:
             object.__setattr__(self, "times", (0.0, *times[1:-1], 1.0))
         elif not adaptive:
             raise ValueError(f"method {self.method!r} takes fixed steps; give their times, such as uniform_grid(8)")
+        elif self.precision != "full":
+            raise ValueError(
+                f"precision is {self.precision!r}, which adaptive steps would take for an error; give times"
+            )
         elif self.tolerance is None:
             object.__setattr__(self, "tolerance", 1e-5)
         else:
