@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnfkit.arguments import as_shape, check_broadcast, check_parameter, check_points, check_positive
 from cnfkit.bijections.base import sum_event
-from cnfkit.noise import Generator, check_generator, draw
+from cnfkit.noise import check_generator, draw
 
 
 class Base(nn.Module, ABC):
@@ -39,7 +39,7 @@ class Base(nn.Module, ABC):
         check_points(type(self).__name__, "z", z, self.event_shape, self.like)
         return self._log_prob(z)
 
-    def sample(self, n: int | Sequence[int] = (), generator: Generator | None = None) -> Tensor:
+    def sample(self, n: int | Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
         """Independent points, shape ``(*n, *event_shape)``.
 
         They are drawn on the generator's device and moved to the module's, so that a CPU generator gives the same

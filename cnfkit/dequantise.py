@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnfkit.arguments import concrete
 from cnfkit.bijections.base import Result
 from cnfkit.flow import Flow
-from cnfkit.noise import Generator, check_generator, draw, fork
+from cnfkit.noise import check_generator, draw, fork
 from cnfkit.ode.solve import Solve, as_solve
 
 
@@ -233,7 +233,7 @@ class Dequantised(nn.Module):
         solve: Solve | None = None,
         *,
         draws: int = 1,
-        generator: Generator | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Result]:
         r"""What the bounds are made of, :math:`\log p(y_j) / q(y_j \mid k)`, and what the last pass gave beside it.
 

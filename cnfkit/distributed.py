@@ -23,11 +23,24 @@ def joined() -> Iterator[None]:
     cuda = torch.cuda.is_available() and os.environ.get("CNFKIT_DEVICE", "auto") in ("", "auto", "cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **_meeting_place())
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _meeting_place() -> dict:
+    """Where processes of one machine leave their addresses: not where those before a restart, now dead, left theirs.
+
+    Of several machines each counts its own restarts, so that no count is theirs all, and PyTorch's own place remains.
+    """
+    around = os.environ
+    if around["LOCAL_WORLD_SIZE"] != around["WORLD_SIZE"]:
+        return {}
+    store, own, many = next(distributed.rendezvous("env://"))
+    place = distributed.PrefixStore(f"start_{around['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": place, "rank": own, "world_size": many}
 
 
 def processes() -> int:

@@ -1,18 +1,31 @@
 """Run the notebooks on a device, chapter by chapter, and say of each whether its checks hold.
 
 nbval compares nothing here but cells tagged `nbval-check-output`: another device has other last digits,
-and `check` judges the numbers.
+and `check` judges the numbers. What came of each chapter is kept in book/on_device.json, whence the book shows it.
 """
 
 import argparse
 import importlib.util
+import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+REPORT = "book/on_device.json"
+
+
+def keep(device: str, chapter: str, row: dict) -> None:
+    """Put a chapter's row in the place of the one that an earlier run on such a device left."""
+    path = ROOT / REPORT
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    rows.setdefault(device, {})[chapter] = row
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    draft.replace(path)
 
 
 def main() -> str | None:
@@ -64,6 +77,9 @@ def main() -> str | None:
             failed.append(path.stem)
             print(run.stdout)
         print(f"{path.stem:<40} {'FAILED' if run.returncode else 'passed'} {seconds:8.1f} s", flush=True)
+        facts = {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
+        facts |= {"date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1)}
+        keep(options.device, path.stem, {"passed": not run.returncode, **facts})
     return f"failed on {options.device}: {', '.join(failed)}" if failed else None
 
 

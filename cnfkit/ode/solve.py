@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from cnfkit.arguments import as_count
-from cnfkit.noise import Generator, check_generator
+from cnfkit.noise import check_generator
 from cnfkit.ode.tableaux import TABLEAUX
 
 TRACES = ("exact", "hutchinson", "none")
