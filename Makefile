@@ -154,6 +154,10 @@ clean: ## remove what was built; .venv stays
 
 ##@ Measure
 
+.PHONY: timings
+timings: $(SETUP) ## how long each notebook takes, for the page of run times (CHAPTERS="01 06": only these)
+	@$(PY) book/execute.py --timings $(CHAPTERS)
+
 # The peers live in an environment of their own, beside a cnfkit that is this one.
 .PHONY: bench
 bench: $(SETUP) ## cnfkit beside its peers, in about 10 minutes: a table, and a page of the book (DEVICE=cuda: there)

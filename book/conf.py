@@ -34,7 +34,9 @@ extensions = [
     "chapter_numbers",
     "check_lines",
     "ledger",
+    "number_ledger",
     "offline_mathjax",
+    "run_times",
 ]
 external_toc_path = "book/_toc.yml"  # relative to the root, unlike the two below
 bibtex_bibfiles = ["references.bib"]

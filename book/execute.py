@@ -2,6 +2,7 @@
 
     python book/execute.py             all chapters
     python book/execute.py 01 06       these
+    python book/execute.py --timings   writes how long they take into times.json, and leaves them as they are
 
 The twin (`NN_name.md`) is what people edit, so its text always wins; cells that it left alone keep their
 id. Cells tagged `volatile` (timings, device names) keep their stored output too, as long as their source
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,7 +30,9 @@ ENVIRONMENT = {
     "CNFKIT_FAST": "0",
     "PYTHONHASHSEED": "0",
 }
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+TIMES = ROOT / "book" / "times.json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
@@ -82,8 +86,8 @@ def normalise(notebook, stem: str):
     return nbformat.from_dict(json.loads(re.sub("[0-9a-f]{32}", lambda m: names.get(m[0], m[0]), text)))
 
 
-def execute(twin: Path, refresh_volatile: bool = False) -> float:
-    """Execute one chapter, replace its notebook, and return the seconds that it took."""
+def execute(twin: Path, refresh_volatile: bool = False, store: bool = True) -> float:
+    """Execute one chapter, replace its notebook if it is to be stored, and return the seconds that it took."""
     import nbclient
     import nbformat
 
@@ -103,6 +107,8 @@ def execute(twin: Path, refresh_volatile: bool = False) -> float:
         resources={"metadata": {"path": str(twin.parent)}},
     ).execute()
     seconds = time.perf_counter() - start
+    if not store:
+        return seconds
     for cell, outputs in zip(notebook.cells, keep, strict=True):
         if outputs:
             cell.outputs = outputs
@@ -145,16 +151,47 @@ def chosen(chapters: list[str]) -> list[Path]:
     return [twin for twin in twins if not chapters or twin.name[:2] in chapters]
 
 
+def measure_times(twins: list[Path], path: Path = TIMES) -> int:
+    """Execute chapters one after the other, and write how long each took; what the file says of others stays.
+
+    The processor's time is that of the notebook's process, whatever else the machine has to do.
+    """
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from measure import machine
+
+    here = machine(["torch"])
+    about = {"device": ENVIRONMENT["CNFKIT_DEVICE"], "processor": here["processor"], "threads": 1}
+    about |= {"torch": here["versions"]["torch"], "date": here["date"]}
+    for twin in twins:
+        before = processor_seconds()
+        seconds = execute(twin, store=False)
+        taken = {"seconds": round(seconds, 1), "processor_seconds": round(processor_seconds() - before, 1)}
+        times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        times[twin.stem] = taken | about
+        path.write_text(json.dumps(dict(sorted(times.items())), indent=1) + "\n", encoding="utf-8")
+        print(f"{twin.stem:<40} {taken['processor_seconds']:7.1f} s, {seconds:.1f} by the clock", flush=True)
+    return 0
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> int:
     """Execute what the command line asks for, two notebooks at a time at most."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", metavar="NN", help="chapter numbers; all if none is given")
     parser.add_argument("-j", "--jobs", type=int, default=1, choices=(1, 2), help="notebooks at a time")
     parser.add_argument("--refresh-volatile", action="store_true", help="renew timings and device names")
+    parser.add_argument("--timings", action="store_true", help="only write the seconds of each into book/times.json")
     options = parser.parse_args()
 
     twins = chosen(options.chapters)
     os.environ.update(ENVIRONMENT)
+    if options.timings:
+        return measure_times(twins)
     failed = []
     start = time.perf_counter()
     with ProcessPoolExecutor(options.jobs) as pool:

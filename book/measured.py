@@ -1,4 +1,4 @@
-"""The numbers of the page on choosing: each is read from what the benchmarks and the chapters have written down.
+"""The numbers of the pages on choosing and on design: each is read from what benchmarks and chapters have written down.
 
 A number stands in the page as ``[4.9]{#name}``, and a table between ``% table: name`` and ``% end: name``.
 ``python book/pages.py`` writes them; the tests hold the page to them, and to what it says in words.
@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "book" / "choosing.md"
+PAGES = ("choosing", "design")
 GRID = "8 steps of rk6"
+CLAIMED_BITS = "these 'bits' are negative"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from tables import Table, named, number, reached, seeds, times  # noqa: E402  (of the benchmarks)
+from tables import Table, exponent, growth, named, number, reached, seeds, times  # noqa: E402  (of the benchmarks)
 
 
 @cache
@@ -40,15 +41,19 @@ def outputs(chapter: str) -> list[dict]:
 def checked(chapter: str, claim: str) -> float:
     """The measured number of the only check of a chapter whose claim begins so."""
     records = [output.get("metadata", {}).get("cnfkit", {}).get("check") for output in outputs(chapter)]
-    (found,) = (record for record in records if record and record["claim"].startswith(claim))
-    return found["measured"]
+    found = [record["measured"] for record in records if record and record["claim"].startswith(claim)]
+    if len(found) != 1:
+        raise ValueError(f"chapter {chapter} has {len(found)} checks that begin with {claim!r}; wanted one")
+    return found[0]
 
 
 def printed(chapter: str, start: str) -> list[float]:
     """The numbers after the start of the only line that a chapter printed which begins so."""
     text = "".join("".join(output["text"]) for output in outputs(chapter) if output.get("name") == "stdout")
-    (line,) = (line for line in text.splitlines() if re.match(rf"\s*{re.escape(start)}\s*\b", line))
-    return [float(value) for value in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", line.split(start, 1)[1])]
+    lines = [line for line in text.splitlines() if re.match(rf"\s*{re.escape(start)}\s*\b", line)]
+    if len(lines) != 1:
+        raise ValueError(f"chapter {chapter} printed {len(lines)} lines that begin with {start!r}; wanted one")
+    return [float(value) for value in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", lines[0].split(start, 1)[1])]
 
 
 def iteration(name: str, key: str = "ms", field: str = "plain") -> float:
@@ -188,8 +193,52 @@ def starts() -> Table:
     return Table("", ("seconds to the target", "by likelihood", "flow matching first"), lines)
 
 
+def costs() -> Table:
+    def scaled(what: str) -> str:
+        points = [(row[what], row["ms"]) for row in results("bench")["scaling"][f"by_{what}"]]
+        return f"power {exponent(points):.2f}"
+
+    def multiplied(name: str) -> str:
+        return f"power {abs(checked('12', f'power of d in the multiplications: {name}')):.2f}"
+
+    def states(kind: str) -> str:
+        return f"{number(growth(results('bench')['memory'], kind))} states"
+
+    most, points = "most evaluations over fewest, whatever the", "evaluations of a solve"
+    lines = [
+        [points, "1 to 4000 points", f"{checked('13', f'{most} batch'):.1f}× at most"],
+        [points, "2 to 128 dimensions", f"{checked('13', f'{most} dimension'):.1f}× at most"],
+        [points, "a thousandth of the tolerance", times(checked("13", "evaluations for a thousandth"))],
+        [points, "training, on the pinwheel", times(checked("13", "pinwheel: evaluations at the end over"))],
+        [points, "∫‖z̈‖² of strong swirls", f"power {checked('17', 'from a = 4 on, evaluations grow'):.2f}"],
+        ["multiplications of a determinant", "the dimension", multiplied("determinant")],
+        ["multiplications of an exact trace", "the dimension", multiplied("exact trace")],
+        ["multiplications of Hutchinson's estimate", "the dimension", multiplied("Hutchinson")],
+        ["multiplications of a trace, two hidden layers", "the dimension", multiplied("identity")],
+        ["time of a training iteration", "the batch", scaled("batch")],
+        ["time of a training iteration", "the steps", scaled("steps")],
+        ["memory, backpropagation", "a step", states("backprop")],
+        ["memory, checkpointing", "a step", states("checkpoint")],
+        ["memory, adjoint", "a step", f"{checked('10', 'adjoint: bytes a step'):.0f} bytes"],
+        ["passes for a sample of MAF", "64 dimensions", f"{checked('08', 'MAF in 64 dimensions: a sample'):.0f}"],
+    ]
+    return Table("", ("what", "against", "measured"), lines)
+
+
+def free_gains() -> list[float]:
+    """What FFJORD gains on a RealNVP of its size, on each density."""
+    names = ("two_moons", "eight_gaussians", "pinwheel", "checkerboard")
+    return [checked("13", f"{name}: nats that FFJORD gains") for name in names]
+
+
+def larger_gains() -> float:
+    """What the larger field of chapter 13 gains on the checkerboard: what both gain on the mixture."""
+    behind = checked("13", "checkerboard: nats that the mixture gains")
+    return behind + checked("13", "checkerboard: nats that the flow gains on the mixture")
+
+
 TABLES: dict[str, Callable[[], Table]] = {
-    f.__name__: f for f in (traces, solvers, tolerances, gradients, penalties, models, fits, starts)
+    f.__name__: f for f in (traces, solvers, tolerances, gradients, penalties, models, fits, starts, costs)
 }
 NUMBERS: dict[str, Callable[[], str]] = {
     "estimate-over-exact": lambda: times(divergence("cnfkit, Hutchinson") / divergence("cnfkit")),
@@ -235,6 +284,38 @@ NUMBERS: dict[str, Callable[[], str]] = {
         named(results("bench")["convolution"]["rows"], "autograd")["ms"]
         / named(results("bench")["convolution"]["rows"], "own tangents")["ms"]
     ),
+    # of the page on design
+    "spike-bits": lambda: f"−{-checked('06', CLAIMED_BITS):.1f}",
+    "start-saves": lambda: "{:.1f}".format(printed("15", "0.001")[0] - printed("15", "0.001")[1]),
+    "unstarted-bits": lambda: f"{checked('07', 'grey levels, no start: bits per number at first'):,.0f}".replace(
+        ",", " "
+    ),
+    "elementwise-loses": lambda: f"{checked('03', 'nats that the elementwise flow loses'):.2f}",
+    "one-matrix": lambda: f"{checked('03', 'nats lost with one matrix more'):.3f}",
+    "learned-on-reversed": lambda: f"{checked('07', 'patches: bits/dim that learning gains on reversal'):.2f}",
+    "learned-on-rotations": lambda: f"{checked('07', 'patches: bits/dim that it gains on rotations'):.2f}",
+    "linear-straight": lambda: f"{-checked('04', 'straight: nats that linear layers gain'):.2f}",
+    "linear-turned": lambda: f"{checked('04', 'turned: nats that linear layers gain'):.2f}",
+    "rigid-loses": lambda: f"{checked('05', 'two moons: nats by which NICE without scales loses'):.2f}",
+    "scales-gain-moons": lambda: f"{checked('05', 'two moons: nats that the scales gain'):.2f}",
+    "by-depth": lambda: ", ".join(
+        f"{printed('05', f'couplings: {k}, nats above the truth:')[0]:.2f}" for k in (1, 2, 3, 4, 8)
+    ),
+    "depth-stored": lambda: f"{checked('05', '16 times as deep: factor in memory, stored'):.1f}",
+    "depth-reversible": lambda: f"{checked('05', '16 times as deep: factor in memory, reversible'):.1f}",
+    "larger-gains": lambda: f"{larger_gains():.2f}",
+    "larger-asks": lambda: times(checked("13", "checkerboard: evaluations over those of the smaller field")),
+    "latent-poor": lambda: f"{checked('03', 'worst less best latent, K = 1'):.3f}",
+    "latent-rich": lambda: f"{checked('03', 'worst less best latent, K = 5'):.3f}",
+    "radial-gains": lambda: f"{checked('14', 'nats that the radial map gains'):.0f}",
+    "hyper-gains": lambda: f"{checked('16', 'nats that it gains on: CNF, concatenated'):.2f}",
+    "free-gains": lambda: " to ".join(f"{end(free_gains()):.2f}" for end in (min, max)),
+    "free-best": lambda: f"{checked('13', 'nats that FFJORD gains on the best'):.2f}",
+    "glow-less-free": lambda: f"{abs(checked('15', 'bits/dim, Glow less free')):.2f}",
+    "realnvp-ahead": lambda: f"{-checked('15', 'bits/dim, RealNVP less free'):.2f}",
+    "free-time": lambda: times(model("cnf", "density") / model("realnvp", "density")),
+    "mixture-ahead": lambda: str(sum(float(row[3]) < float(row[1]) for row in fits().rows)),
+    "error-by-rows": lambda: f"{checked('14', 's.e. by rows over the true one'):.2f}",
 }
 
 
@@ -275,6 +356,12 @@ CLAIMS: dict[str, Callable[[], bool]] = {
         model("maf", "sample") > 5 * model("maf", "density") and model("iaf", "density") > 5 * model("iaf", "sample")
     ),
     "FFJORD and a RealNVP of as many parameters": lambda: all(float(row[1]) < float(row[2]) for row in fits().rows),
+    "RealNVP of twice the size": lambda: -checked("15", "bits/dim, RealNVP less free") > 0.03,
+    "Glow of the same size": lambda: abs(checked("15", "bits/dim, Glow less free")) < 0.02,
+    "the batch and the dimension hardly do": lambda: (
+        max(checked("13", f"most evaluations over fewest, whatever the {what}") for what in ("batch", "dimension")) < 2
+    ),
+    "it was still": lambda: checked("13", "nats that FFJORD gains on the best") > 0.05,
     "Moved steps hardly find that out": lambda: (
         printed("18", "unguarded moved steps:")[0] < printed("18", "unguarded more  steps:")[0] / 3
     ),
@@ -301,5 +388,7 @@ def _known(known: dict[str, Callable], name: str) -> Callable:
 
 
 def write() -> None:
-    """Bring the page up to date."""
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    """Bring the pages up to date."""
+    for page in PAGES:
+        path = ROOT / "book" / f"{page}.md"
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

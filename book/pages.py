@@ -1,6 +1,6 @@
 """Pages whose code is run: what they print and draw comes from running them.
 
-python book/pages.py          run them all, and write their outputs, figures and numbers
+python book/pages.py          run them all, and write their outputs, figures and numbers, and those of the README
 
 Blocks of Python run one after the other, in one namespace and one folder that is empty at first. One with the line
 ``% in a new process`` above it runs in a Python of its own, in that folder. A block of text that follows shows what was
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 BOOK = Path(__file__).parent
-PAGES = ("your_data", "choosing")
+PAGES = ("your_data", "choosing", "design")
 
 BLOCK = re.compile(
     r"^(?P<new>% in a new process\n)?```python\n(?P<code>.*?)^```\n"
@@ -123,9 +123,11 @@ def write(page: str) -> None:
 if __name__ == "__main__":
     import matplotlib
     import measured
+    import readme_numbers
 
     matplotlib.use("agg")
     torch.set_num_threads(1)
     for name in PAGES:
         write(name)
     measured.write()
+    readme_numbers.write()

@@ -16,8 +16,9 @@ import cnfkit as ck
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "book"))
 
-import measured  # noqa: E402  (of the book, as the next)
+import measured  # noqa: E402  (of the book, as the next two)
 import pages  # noqa: E402
+import readme_numbers  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)  # a page belongs to the first test that asks for it
 TEXT = {name: pages.source(name).read_text(encoding="utf-8") for name in pages.PAGES}
@@ -97,15 +98,15 @@ def test_outputs_and_figures_are_written(tmp_path, monkeypatch):
     assert (tmp_path / "_static" / "f.png").read_text(encoding="utf-8") == "ab"
 
 
-def test_the_numbers_on_choosing_are_those_that_were_measured():
-    assert measured.render(TEXT["choosing"]) == TEXT["choosing"], "run: python book/pages.py"
+@pytest.mark.parametrize("name", measured.PAGES)
+def test_the_numbers_on_a_page_are_those_that_were_measured(name):
+    assert measured.render(TEXT[name]) == TEXT[name], "run: python book/pages.py"
 
 
-def test_every_number_is_on_the_page():
-    used = set(re.findall(r"\]\{#([\w-]+)\}", TEXT["choosing"])) | set(
-        re.findall(r"^% table: (\w+)$", TEXT["choosing"], re.M)
-    )
-    assert used == {*measured.NUMBERS, *measured.TABLES}
+def test_every_number_is_on_one_page():
+    text = "\n".join(TEXT[name] for name in measured.PAGES)
+    used = re.findall(r"\]\{#([\w-]+)\}", text) + re.findall(r"^% table: (\w+)$", text, re.M)
+    assert sorted(used) == sorted([*measured.NUMBERS, *measured.TABLES])
 
 
 def test_an_unknown_number_is_refused_and_a_changed_one_replaced():
@@ -117,9 +118,46 @@ def test_an_unknown_number_is_refused_and_a_changed_one_replaced():
 
 
 @pytest.mark.parametrize("words", measured.CLAIMS)
-def test_what_choosing_says_in_words_is_so(words):
-    assert words in " ".join(TEXT["choosing"].split()), "the page no longer says so: change the claim as well"
+def test_what_the_pages_say_in_words_is_so(words):
+    text = " ".join(" ".join(TEXT[name] for name in measured.PAGES).split())
+    assert words in text, "no page says so any longer: change the claim as well"
     assert measured.CLAIMS[words]()
+
+
+README = readme_numbers.README.read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_the_readme_are_those_that_were_measured():
+    assert readme_numbers.render(README) == README, "run: python book/pages.py"
+
+
+def test_every_number_of_the_readme_is_read():
+    rows = README.split("## Numbers")[1].split("\n## ")[0].count("\n| ") - 1  # but for the heading
+    assert rows == len(readme_numbers.ROWS) == len(readme_numbers.ROW.findall(README))
+    cells = [match["cell"] for match in readme_numbers.ROW.finditer(README)]
+    typed = readme_numbers.ROW.sub(lambda match: match[0].replace(match["cell"], "9.99"), README)
+    assert [match["cell"] for match in readme_numbers.ROW.finditer(readme_numbers.render(typed))] == cells
+    with pytest.raises(ValueError, match="'a new one', which 0 entries"):
+        readme_numbers.render("| a new one | 1 | chapter 01 |")
+
+
+def test_a_pattern_that_a_chapter_did_not_print_is_refused(monkeypatch):
+    text = {"name": "stdout", "text": ["NICE   2.1 ± 0.3\n", "NICE   2.2 ± 0.3\n"]}
+    monkeypatch.setattr(readme_numbers, "outputs", lambda chapter: [text])
+    assert readme_numbers.found("99", r"NICE +(\S+)") == [(2.1,), (2.2,)]
+    assert readme_numbers.each("99", r" +(\S+) ± (\S+)", ["NICE"], which=-1, group=1) == [0.3]
+    with pytest.raises(ValueError, match="chapter 99 printed no line"):
+        readme_numbers.found("99", r"Glow +(\S+)")
+
+
+def test_a_check_of_a_chapter_is_found_once(monkeypatch):
+    records = [{"claim": "nats gained by one", "measured": 1.5}, {"claim": "nats gained by two", "measured": 2.5}]
+    found = [{"metadata": {"cnfkit": {"check": record}}} for record in records]
+    monkeypatch.setattr(measured, "outputs", lambda chapter: found)
+    assert measured.checked("99", "nats gained by two") == 2.5
+    for claim, number in (("nats gained", 2), ("bits", 0)):
+        with pytest.raises(ValueError, match=f"chapter 99 has {number} checks that begin with '{claim}'"):
+            measured.checked("99", claim)
 
 
 def test_a_line_of_a_chapter_is_found_once(monkeypatch):
