@@ -13,6 +13,7 @@ from measured import ROOT, checked, outputs
 
 README = ROOT / "README.md"
 ROW = re.compile(r"^\| (?P<what>.+) \| (?P<cell>.+) \| chapter (?P<chapter>\d\d) \|$", re.MULTILINE)
+PENALTIES = ("neither", "kinetic", "jacobian", "both")
 DENSITIES = ("two_moons", "eight_gaussians", "pinwheel", "checkerboard")
 
 
@@ -74,7 +75,7 @@ def ways() -> str:
 
 
 def seeds() -> str:
-    likelihoods, evaluations = zip(*found("17", r"seed \d +(\S+) +(\d+) +\S+ +\S+ +\S+$"), strict=True)
+    likelihoods, evaluations = zip(*found("17", r"seed \d +(\S+) +(\d+) \(\d+\)"), strict=True)
     nll, calls = ((min(values), max(values)) for values in (likelihoods, evaluations))
     return f"{nll[0]:.2f} to {nll[1]:.2f}; {calls[0]:.0f} to {calls[1]:.0f}"
 
@@ -160,6 +161,17 @@ ROWS: dict[str, Callable[[], str]] = {
     "pinwheel, trained with four Runge–Kutta steps": lambda: ", ".join(fixed("0")[:2]),
     "the same with RNODE's penalties": lambda: ", ".join(fixed("0.03")),
     "trained on a grid that an error estimate chooses": lambda: ", ".join(fixed("0, guarded")[1:]),
+    "the penalties apart on such a grid": lambda: shown(
+        each("18", r" +\d+ +\S+ ± \S+ +(\d+)", [f"guarded  {terms}" for terms in PENALTIES]), 0
+    ),
+    "the same by four steps": lambda: shown(
+        each("18", r" +\d+ +\+?(\S+) ± ", [f"four     {terms}" for terms in PENALTIES])
+    ),
+    "kinetic energy over that of the optimal transport": lambda: "; ".join(
+        f"{detour:.2f} × {waste:.2f}"
+        for weight in ("λ = 0, guarded", "λ = 0.1")
+        for detour, waste in found("18", rf"{weight} +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+)")
+    ),
 }
 
 
