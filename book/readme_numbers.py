@@ -13,6 +13,7 @@ from measured import ROOT, checked, outputs
 
 README = ROOT / "README.md"
 ROW = re.compile(r"^\| (?P<what>.+) \| (?P<cell>.+) \| chapter (?P<chapter>\d\d) \|$", re.MULTILINE)
+PATHS = ("FFJORD", "RNODE", "OT-Flow", "CFM", "OT-CFM")
 PENALTIES = ("neither", "kinetic", "jacobian", "both")
 DENSITIES = ("two_moons", "eight_gaussians", "pinwheel", "checkerboard")
 
@@ -153,7 +154,7 @@ ROWS: dict[str, Callable[[], str]] = {
             shown(each("14", r" +\d+ +(\S+)", ("FFJORD", "MAF", "RealNVP"), which=1), 1),
         )
     ),
-    "a pixel from its neighbours": lambda: shown(found("14", r"10\.4 to 101\.7 +(\d+)% +(\d+)%")[0], 0, " %"),
+    "a pixel from its neighbours": lambda: shown(found("14", r"[\d.]+ to +\d\d+\.\d +(\d+)% +(\d+)%")[-1], 0, " %"),
     "digits by FFJORD with 46 000 parameters": lambda: shown(each("15", r" +(\S+) ±", ("free", "Glow", "RealNVP"))),
     "two numbers from their noisy product": ways,
     "pinwheel by likelihood alone, five seeds": seeds,
@@ -171,6 +172,13 @@ ROWS: dict[str, Callable[[], str]] = {
         f"{detour:.2f} × {waste:.2f}"
         for weight in ("λ = 0, guarded", "λ = 0.1")
         for detour, waste in found("18", rf"{weight} +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+)")
+    ),
+    "pinwheel by FFJORD, RNODE, OT-Flow": lambda: "; ".join(
+        shown(each("20", r" +(\S+) +\de-\d\d +(\d+) +\S+ +\S+$", PATHS, group=group), digits)
+        for group, digits in ((0, 2), (1, 0))
+    ),
+    "flow matching, then 500 batches": lambda: shown(
+        each("20", r" +\S+ +(\S+)", ("CFM, guard", "CFM, penalties alone", "CFM, no guard"))
     ),
 }
 
