@@ -13,6 +13,7 @@ from measured import ROOT, checked, outputs
 
 README = ROOT / "README.md"
 ROW = re.compile(r"^\| (?P<what>.+) \| (?P<cell>.+) \| chapter (?P<chapter>\d\d) \|$", re.MULTILINE)
+MINUTES = ("Glow", "Flow++ couplings", "RealNVP", "i-ResNet", "Residual Flow", "FFJORD RNODE", "FFJORD, vanilla")
 PATHS = ("FFJORD", "RNODE", "OT-Flow", "CFM", "OT-CFM")
 PENALTIES = ("neither", "kinetic", "jacobian", "both")
 DENSITIES = ("two_moons", "eight_gaussians", "pinwheel", "checkerboard")
@@ -172,6 +173,15 @@ ROWS: dict[str, Callable[[], str]] = {
         f"{detour:.2f} × {waste:.2f}"
         for weight in ("λ = 0, guarded", "λ = 0.1")
         for detour, waste in found("18", rf"{weight} +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+)")
+    ),
+    "MNIST at 14 × 14, a minute": lambda: "; ".join(
+        (
+            shown(sum(found("19", rf"{re.escape(name)} +(\d\.\d{{3}}) +(\d\.\d{{3}})")[0]) / 2 for name in MINUTES),
+            shown(found("19", r"deviation from training to training (\S+)")[0]),
+        )
+    ),
+    "the same images by xz": lambda: shown(
+        each("19", r" +\d+ kB +(\S+)", ("xz, all in one", "PNG, all in one", "zip, all in one")), 1
     ),
     "pinwheel by FFJORD, RNODE, OT-Flow": lambda: "; ".join(
         shown(each("20", r" +(\S+) +\de-\d\d +(\d+) +\S+ +\S+$", PATHS, group=group), digits)

@@ -19,6 +19,7 @@ import full_size  # noqa: E402
 import measure  # noqa: E402
 import page  # noqa: E402
 import precision  # noqa: E402
+import some_numbers  # noqa: E402
 import tables  # noqa: E402
 
 
@@ -240,3 +241,38 @@ def test_tables_line_up():
     assert table.text().splitlines() == ["          ms", "a       1.00", "longer  10.0"]
     assert table.markdown().splitlines()[1] == "| --- | ---: |"
     assert tables.spread({"ms": 12.345, "low": 12.0, "high": 12.5}).split() == ["12.3", "±", "0.2"]
+
+
+@pytest.fixture
+def small_images():
+    noise = torch.Generator().manual_seed(0)
+    train, test = (torch.randint(256, (n, 1, 14, 14), generator=noise).to(torch.uint8) for n in (60, 40))
+    return ck.Images(train, test, 256)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "iresnet", "rnode"])
+def test_a_row_of_the_numbers_can_be_measured_again(tmp_path, monkeypatch, small_images, name):
+    monkeypatch.setenv("CNFKIT_RETRAIN", "1")
+    monkeypatch.setattr(some_numbers, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(some_numbers, "VALIDATION", 8)
+    monkeypatch.setattr(some_numbers, "TEST", 6)
+    monkeypatch.setitem(some_numbers.TRAINING, name, {"batch": 4, "lr": 1e-3, "steps": 6})
+    found = json.loads(json.dumps(some_numbers.row(name, 0, small_images)))
+    assert found["command"] == f"python benchmarks/some_numbers.py {name}/0" and found["images_seen"] == 24
+    model = some_numbers.build(name, None, 0)
+    ck.load(tmp_path / f"19_{name}_0.safetensors", model)
+    again = some_numbers.bits_of(some_numbers.with_terms(model.eval(), None), small_images.test[:6])
+    stored = torch.tensor(found["bits_of_images_times_10000"]) / 1e4
+    assert (again - stored).abs().max() < 1e-3
+    assert abs(found["bits"] - again.mean()) < 1e-3 and len(found["validation"]["seconds"]) == 6
+
+
+def test_the_sheet_of_images_gives_them_back(tmp_path, small_images):
+    some_numbers.write_images(tmp_path / "sheet.png", small_images.test, columns=8)
+    assert some_numbers.read_images(tmp_path / "sheet.png").equal(small_images.test)
+
+
+def test_the_numbers_know_their_rows(capsys):
+    with pytest.raises(SystemExit):
+        some_numbers.main(["rnode/7"])
+    assert "no row 'rnode/7'; wanted some of realnvp/0" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import seeded
 
-from cnfkit import digits, toy_density
+from cnfkit import Images, digits, toy_density
 from cnfkit.data.toy import DENSITIES, Checkerboard, GaussianRing, Pinwheel, TwoMoons
 
 # A square that holds each density, and the cells into which its samples are counted, each of FINE × FINE points of a
@@ -134,3 +134,18 @@ def test_the_labels_of_the_digits_are_theirs():
     for images, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
         assert labels.dtype == torch.int64
         assert labels.tolist() == [known[tuple(image)] for image in images.flatten(1).tolist()]
+
+
+def test_halved_images_are_rounded_means():
+    train = torch.tensor([[0, 1, 255, 255], [0, 1, 254, 255], [9, 9, 0, 0], [9, 9, 0, 1]], dtype=torch.uint8)
+    images = Images(train.view(1, 1, 4, 4), train.view(1, 1, 4, 4).flip(3), 256, torch.tensor([7]))
+    half = images.halved()
+    assert half.train.tolist() == [[[[1, 255], [9, 0]]]]  # 0.5 goes up, 254.75 as well, 0.25 down
+    assert half.test.tolist() == [[[[255, 1], [0, 9]]]]
+    assert half.train.dtype == torch.uint8 and half.levels == 256 and half.train_labels.equal(images.train_labels)
+
+
+def test_odd_images_are_not_halved():
+    images = digits().halved().halved()
+    with pytest.raises(ValueError, match="1 × 1 pixels, which cannot be halved; wanted even numbers"):
+        images.halved().halved()
