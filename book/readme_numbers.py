@@ -164,10 +164,10 @@ ROWS: dict[str, Callable[[], str]] = {
     "the same with RNODE's penalties": lambda: ", ".join(fixed("0.03")),
     "trained on a grid that an error estimate chooses": lambda: ", ".join(fixed("0, guarded")[1:]),
     "the penalties apart on such a grid": lambda: shown(
-        each("18", r" +\d+ +\S+ ± \S+ +(\d+)", [f"guarded  {terms}" for terms in PENALTIES]), 0
+        each("18", r" +\S+ ± \S+ +(\d+)", [f"guarded {terms}" for terms in PENALTIES]), 0
     ),
     "the same by four steps": lambda: shown(
-        each("18", r" +\d+ +\+?(\S+) ± ", [f"four     {terms}" for terms in PENALTIES])
+        each("18", r" +\+?(\S+) ± ", [f"four    {terms}" for terms in PENALTIES])
     ),
     "kinetic energy over that of the optimal transport": lambda: "; ".join(
         f"{detour:.2f} × {waste:.2f}"
