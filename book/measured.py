@@ -47,10 +47,15 @@ def checked(chapter: str, claim: str) -> float:
     return found[0]
 
 
+def printed_lines(chapter: str) -> list[str]:
+    """What a chapter printed."""
+    text = "".join("".join(output["text"]) for output in outputs(chapter) if output.get("name") == "stdout")
+    return text.splitlines()
+
+
 def printed(chapter: str, start: str) -> list[float]:
     """The numbers after the start of the only line that a chapter printed which begins so."""
-    text = "".join("".join(output["text"]) for output in outputs(chapter) if output.get("name") == "stdout")
-    lines = [line for line in text.splitlines() if re.match(rf"\s*{re.escape(start)}\s*\b", line)]
+    lines = [line for line in printed_lines(chapter) if re.match(rf"\s*{re.escape(start)}\s*\b", line)]
     if len(lines) != 1:
         raise ValueError(f"chapter {chapter} printed {len(lines)} lines that begin with {start!r}; wanted one")
     return [float(value) for value in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", lines[0].split(start, 1)[1])]

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from measured import ROOT, checked, outputs
+from measured import ROOT, checked, outputs, printed_lines
 
 README = ROOT / "README.md"
 ROW = re.compile(r"^\| (?P<what>.+) \| (?P<cell>.+) \| chapter (?P<chapter>\d\d) \|$", re.MULTILINE)
@@ -21,8 +21,7 @@ DENSITIES = ("two_moons", "eight_gaussians", "pinwheel", "checkerboard")
 
 def found(chapter: str, pattern: str) -> list[tuple[float, ...]]:
     """The numbers in the groups of a pattern, for each line that a chapter printed which begins so; one at least."""
-    text = "".join("".join(output["text"]) for output in outputs(chapter) if output.get("name") == "stdout")
-    matches = [re.match(rf"\s*{pattern}", line) for line in text.splitlines()]
+    matches = [re.match(rf"\s*{pattern}", line) for line in printed_lines(chapter)]
     if not any(matches):
         raise ValueError(f"chapter {chapter} printed no line that begins like {pattern!r}")
     return [tuple(map(float, match.groups())) for match in matches if match]
@@ -166,9 +165,7 @@ ROWS: dict[str, Callable[[], str]] = {
     "the penalties apart on such a grid": lambda: shown(
         each("18", r" +\S+ ± \S+ +(\d+)", [f"guarded {terms}" for terms in PENALTIES]), 0
     ),
-    "the same by four steps": lambda: shown(
-        each("18", r" +\+?(\S+) ± ", [f"four    {terms}" for terms in PENALTIES])
-    ),
+    "the same by four steps": lambda: shown(each("18", r" +\+?(\S+) ± ", [f"four    {terms}" for terms in PENALTIES])),
     "kinetic energy over that of the optimal transport": lambda: "; ".join(
         f"{detour:.2f} × {waste:.2f}"
         for weight in ("λ = 0, guarded", "λ = 0.1")

@@ -143,7 +143,7 @@ def test_every_number_of_the_readme_is_read():
 
 def test_a_pattern_that_a_chapter_did_not_print_is_refused(monkeypatch):
     text = {"name": "stdout", "text": ["NICE   2.1 ± 0.3\n", "NICE   2.2 ± 0.3\n"]}
-    monkeypatch.setattr(readme_numbers, "outputs", lambda chapter: [text])
+    monkeypatch.setattr(measured, "outputs", lambda chapter: [text])
     assert readme_numbers.found("99", r"NICE +(\S+)") == [(2.1,), (2.2,)]
     assert readme_numbers.each("99", r" +(\S+) ± (\S+)", ["NICE"], which=-1, group=1) == [0.3]
     with pytest.raises(ValueError, match="chapter 99 printed no line"):

@@ -10,21 +10,18 @@ import json
 import re
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import ledger
+import run_times
 from docutils import nodes
 from docutils.statemachine import StringList
-from run_times import WEIGHTS
 from sphinx.util.docutils import SphinxDirective
-
-import cnfkit as ck
 
 sys.path.insert(0, str(ledger.ROOT / "book"))
 
-from measured import checked, outputs, printed  # of the book
+from measured import checked, printed, printed_lines  # of the book
 
 HEADINGS = ("What", "Paper", "Ours", "Gap", "Trained in", "Where")
 NOT_COMPARABLE = "other data and size"
@@ -242,21 +239,11 @@ def differing() -> str:
     return ", ".join(re.findall(r"'(.+?)'", line)) + ", whose samples take one pass here"
 
 
-def printed_lines(chapter: str) -> list[str]:
-    """What a chapter printed."""
-    text = "".join("".join(output["text"]) for output in outputs(chapter) if output.get("name") == "stdout")
-    return text.splitlines()
-
-
 def images() -> list[Row]:
-    """The rows of chapter 19, if it and its results are there."""
+    """The rows of chapter 19."""
     rows = []
-    if not list((ledger.ROOT / "notebooks").glob("19_*.ipynb")):
-        return rows
     for name, (shown, paper) in IMAGES.items():
         files = sorted((ledger.ROOT / "benchmarks" / "results" / "some_numbers").glob(f"{name}_[0-9].json"))
-        if not files:
-            continue
         bits = [json.loads(path.read_text(encoding="utf-8"))["bits"] for path in files]
         rows.append(
             Row(
@@ -273,10 +260,7 @@ def images() -> list[Row]:
 
 def trained(pattern: str) -> str:
     """How long the training of these weights took, and on what."""
-    seconds = Counter()
-    for path in sorted(WEIGHTS.glob(f"{pattern}.safetensors")):
-        facts = ck.inspect(path).facts
-        seconds[facts["device"]] += facts["seconds"]
+    seconds = run_times.trained(pattern)[1]
     return ", ".join(f"{taken / 60:.0f} min, {device}" for device, taken in sorted(seconds.items())) or "–"
 
 

@@ -19,9 +19,9 @@ DEVICES = ROOT / "book" / "on_device.json"
 WEIGHTS = ROOT / "notebooks" / "checkpoints"
 
 
-def trained(chapter: str, folder: Path = WEIGHTS) -> tuple[int, Counter]:
-    """How many files of weights a chapter has, and the seconds that they took to train, by device."""
-    facts = [ck.inspect(path).facts for path in sorted(folder.glob(f"{chapter}_*.safetensors"))]
+def trained(pattern: str) -> tuple[int, Counter]:
+    """How many files of weights have such names, and the seconds that they took to train, by device."""
+    facts = [ck.inspect(path).facts for path in sorted(WEIGHTS.glob(f"{pattern}.safetensors"))]
     seconds = Counter()
     for fact in facts:
         seconds[fact["device"]] += fact["seconds"]
@@ -57,7 +57,7 @@ class RunTimes(Ledger):
         rows, together, files, training = [], 0.0, 0, Counter()
         for chapter in self.chapters():
             taken = times.get(chapter.stem, {}).get("processor_seconds")
-            number, seconds = trained(chapter.stem[:2])
+            number, seconds = trained(f"{chapter.stem[:2]}_*")
             together, files, training = together + (taken or 0), files + number, training + seconds
             cells = [f"{taken:.0f}" if taken else "–", str(number), minutes(seconds)]
             link = document_link(f"notebooks/{chapter.stem}", f"{chapter.stem[:2]} {chapter.heading}")
