@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("choosing", "design")
+PATHS = ("FFJORD", "RNODE", "OT-Flow", "CFM", "OT-CFM")
 GRID = "8 steps of rk6"
 CLAIMED_BITS = "these 'bits' are negative"
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -59,6 +60,36 @@ def printed(chapter: str, start: str) -> list[float]:
     if len(lines) != 1:
         raise ValueError(f"chapter {chapter} printed {len(lines)} lines that begin with {start!r}; wanted one")
     return [float(value) for value in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", lines[0].split(start, 1)[1])]
+
+
+def found(chapter: str, pattern: str) -> list[tuple[float, ...]]:
+    """The numbers in the groups of a pattern, for each line that a chapter printed which begins so; one at least."""
+    matches = [re.match(rf"\s*{pattern}", line) for line in printed_lines(chapter)]
+    if not any(matches):
+        raise ValueError(f"chapter {chapter} printed no line that begins like {pattern!r}")
+    return [tuple(map(float, match.groups())) for match in matches if match]
+
+
+def matched(name: str) -> tuple[float, ...]:
+    """A row of the five flows of chapter 20: nats above the truth, evaluations for a density, the paths' detour."""
+    return found("20", rf"{name} +(\S+) +\de-\d\d +(\d+) +\S+ +(\S+)$")[0]
+
+
+def euler(name: str) -> float:
+    """How far one Euler step misses the samples of one of them."""
+    return found("20", rf"{name} +(\d+\.\d{{3}}) +\d+\.\d{{3}} +\d+\.\d{{3}} *$")[0][0]
+
+
+def leaked(name: str) -> str:
+    """The share of its samples, in per cent, that fell where the truth has nearly none."""
+    ((share,),) = found("20", rf"{name} +(\d+) % ")
+    return f"{share:.0f}"
+
+
+def unpaired(dimension: int) -> str:
+    """What groups of 64 leave of the surplus length of independent lines, in per cent."""
+    ((*_, share),) = found("20", rf"surplus that is left, +{dimension}-d" + 4 * r" +(\S+)")
+    return f"{100 * share:.0f}"
 
 
 def iteration(name: str, key: str = "ms", field: str = "plain") -> float:
@@ -190,6 +221,14 @@ def fits() -> Table:
     return Table("", ("nats above the truth", "FFJORD", "RealNVP", "a mixture, by EM"), lines)
 
 
+def paths() -> Table:
+    lines = []
+    for name in PATHS:
+        gap, evaluations, detour = matched(name)
+        lines.append([name, f"{gap:.2f}", f"{evaluations:.0f}", f"{detour:.2f}", f"{euler(name):.2f}"])
+    return Table("", ("", "nats above the truth", "evaluations", "detour", "one step off by"), lines)
+
+
 def starts() -> Table:
     lines = []
     for density in results("train")["targets"]:
@@ -243,7 +282,7 @@ def larger_gains() -> float:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
-    f.__name__: f for f in (traces, solvers, tolerances, gradients, penalties, models, fits, starts, costs)
+    f.__name__: f for f in (traces, solvers, tolerances, gradients, penalties, models, fits, paths, starts, costs)
 }
 NUMBERS: dict[str, Callable[[], str]] = {
     "estimate-over-exact": lambda: times(divergence("cnfkit, Hutchinson") / divergence("cnfkit")),
@@ -251,6 +290,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "one-probe": lambda: f"{printed('13', ' 1 probes: off by')[0]:.1f}",
     "sixteen-probes": lambda: f"{printed('13', '16 probes: off by')[0]:.1f}",
     "trained-with-one-probe": lambda: f"{checked('13', 'nats that training with one probe cost'):.2f}",
+    "trained-with-one-probe-wide": lambda: f"{checked('12', 'nats that the noise cost, of 64 dimensions'):.1f}",
     "fresh-noise": lambda: f"{checked('12', 'evaluations with fresh noise over those without'):.0f}",
     "gradient-error": lambda: number(results("bench")["training"]["below"]),
     "frozen-over-adaptive": lambda: times(iteration("cnfkit, adaptive") / iteration("cnfkit, frozen grid")),
@@ -274,6 +314,11 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "honest-cost": lambda: f"{checked('18', 'nats that it costs against the guarded grid'):.2f}",
     "both-guards-save": lambda: f"{100 * (1 - checked('18', 'evaluations with it over those without')):.0f}",
     "both-guards-cost": lambda: f"{checked('18', 'nats that λ = 0.01 costs on the guarded grid'):.2f}",
+    "honest-seconds": lambda: f"{checked('18', 'seconds: four steps, both, over the guarded grid'):.2f}",
+    "honest-behind": lambda: f"{checked('18', 'nats that the guarded grid is ahead by then'):.2f}",
+    "jacobian-saves": lambda: f"{100 * (1 - checked('18', 'guarded, jacobian: evaluations over')):.0f}",
+    "jacobian-cost": lambda: f"{checked('18', 'four steps, jacobian: nats lost'):.2f}",
+    "kinetic-cost": lambda: f"{printed('18', 'four    kinetic')[0]:.2f}",
     "models-points": lambda: str(results("choices")["models"]["points"]),
     "models-dimension": lambda: str(results("choices")["models"]["dimension"]),
     "ffjord-lead": lambda: f"{checked('13', 'nats that FFJORD gains at equal size'):.2f}",
@@ -284,6 +329,15 @@ NUMBERS: dict[str, Callable[[], str]] = {
     ),
     "matching-wins": lambda: str(len(faster_after_matching())),
     "matching-tried": lambda: str(len(results("train")["targets"])),
+    "leaked-pairs": lambda: leaked("OT-CFM"),
+    "leaked-lines": lambda: leaked("CFM"),
+    "leaked-likelihood": lambda: leaked("FFJORD"),
+    "pairs-2": lambda: unpaired(2),
+    "pairs-8": lambda: unpaired(8),
+    "pairs-32": lambda: unpaired(32),
+    "warm-unguarded": lambda: f"{printed('20', 'CFM, no guard')[1]:.2f}",
+    "warm-penalties": lambda: f"{printed('20', 'CFM, penalties alone')[1]:.2f}",
+    "warm-guarded": lambda: f"{printed('20', 'CFM, guard')[1]:.2f}",
     "half-loses": lambda: f"{checked('06', 'bits/dim that the best half loses'):.2f}",
     "scales-gain": lambda: f"{checked('06', 'bits/dim gained on the best with one scale'):.2f}",
     "draws-gain": lambda: f"{checked('06', 'bits/dim that 32 draws gain'):.2f}",
@@ -318,6 +372,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "hyper-gains": lambda: f"{checked('16', 'nats that it gains on: CNF, concatenated'):.2f}",
     "free-gains": lambda: " to ".join(f"{end(free_gains()):.2f}" for end in (min, max)),
     "free-best": lambda: f"{checked('13', 'nats that FFJORD gains on the best'):.2f}",
+    "colours-lead": lambda: f"{found('14', r'RealNVP +[0-9]+ +[0-9.]+ +([+-][0-9.]+)')[0][0]:.2f}",
+    "columns-behind": lambda: f"{-found('14', r'RealNVP +[0-9]+ +[0-9.]+ +([+-][0-9.]+)')[1][0]:.1f}",
     "glow-less-free": lambda: f"{abs(checked('15', 'bits/dim, Glow less free')):.2f}",
     "realnvp-ahead": lambda: f"{-checked('15', 'bits/dim, RealNVP less free'):.2f}",
     "free-time": lambda: times(model("cnf", "density") / model("realnvp", "density")),
@@ -363,12 +419,26 @@ CLAIMS: dict[str, Callable[[], bool]] = {
         model("maf", "sample") > 5 * model("maf", "density") and model("iaf", "density") > 5 * model("iaf", "sample")
     ),
     "FFJORD and a RealNVP of as many parameters": lambda: all(float(row[1]) < float(row[2]) for row in fits().rows),
+    "EM takes seconds, and was ahead of the small FFJORD on": lambda: (
+        found("14", r"mixture +[0-9]+ +[0-9.]+ +([+-][0-9.]+)")[0][0] < 0
+    ),
     "RealNVP of twice the size": lambda: -checked("15", "bits/dim, RealNVP less free") > 0.03,
     "Glow of the same size": lambda: abs(checked("15", "bits/dim, Glow less free")) < 0.02,
     "the batch and the dimension hardly do": lambda: (
         max(checked("13", f"most evaluations over fewest, whatever the {what}") for what in ("batch", "dimension")) < 2
     ),
     "it was still": lambda: checked("13", "nats that FFJORD gains on the best") > 0.02,
+    "take the Jacobian energy": lambda: (
+        checked("18", "guarded, jacobian: evaluations over") < 0.85
+        and checked("18", "four steps, jacobian: nats lost") < 0.05 < checked("18", "four steps, kinetic alone")
+    ),
+    "for the best likelihood, whatever a density costs later": lambda: (
+        min(PATHS, key=lambda name: matched(name)[0]) == "FFJORD"
+    ),
+    "It has the straightest paths, is the cheapest to solve": lambda: all(
+        min(PATHS, key=lambda name, k=k: matched(name)[k]) == "OT-CFM" for k in (1, 2)
+    ),
+    "The price is the largest detour of all": lambda: max(PATHS, key=lambda name: matched(name)[2]) == "CFM",
     "Moved steps hardly find that out": lambda: (
         printed("18", "unguarded moved steps:")[0] < printed("18", "unguarded more  steps:")[0] / 3
     ),

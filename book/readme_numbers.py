@@ -9,22 +9,13 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from measured import ROOT, checked, outputs, printed_lines
+from measured import PATHS, ROOT, checked, found, outputs
 
 README = ROOT / "README.md"
 ROW = re.compile(r"^\| (?P<what>.+) \| (?P<cell>.+) \| chapter (?P<chapter>\d\d) \|$", re.MULTILINE)
 MINUTES = ("Glow", "Flow++ couplings", "RealNVP", "i-ResNet", "Residual Flow", "FFJORD RNODE", "FFJORD, vanilla")
-PATHS = ("FFJORD", "RNODE", "OT-Flow", "CFM", "OT-CFM")
 PENALTIES = ("neither", "kinetic", "jacobian", "both")
 DENSITIES = ("two_moons", "eight_gaussians", "pinwheel", "checkerboard")
-
-
-def found(chapter: str, pattern: str) -> list[tuple[float, ...]]:
-    """The numbers in the groups of a pattern, for each line that a chapter printed which begins so; one at least."""
-    matches = [re.match(rf"\s*{pattern}", line) for line in printed_lines(chapter)]
-    if not any(matches):
-        raise ValueError(f"chapter {chapter} printed no line that begins like {pattern!r}")
-    return [tuple(map(float, match.groups())) for match in matches if match]
 
 
 def each(chapter: str, pattern: str, names: Iterable[str], which: int = 0, group: int = 0) -> list[float]:

@@ -25,7 +25,8 @@ class FlowMatching(nn.Module):
 
     .. math::
 
-        L = \mathbb{E} \left\| v(t, z_t) - \frac{z_1 - z_0}{t_1 - t_0} \right\|^2, \qquad
+        L = \mathbb{E} \left\| v(t, z_t) - \frac{z_1 - z_0}{t_1 - t_0} \right\|^2,
+
         z_t = (1 - s) z_0 + s z_1, \quad t = t_0 + s (t_1 - t_0)
 
     Here :math:`z_0` is a data point as it enters the CNF, :math:`z_1` a sample of the base, and
@@ -159,7 +160,7 @@ def optimal_pairing(x: Tensor, z: Tensor) -> Tensor:
         z: as many, of the same shape.
 
     Returns:
-        The permutation :math:`\pi`, shape ``(n,)``: the partners of ``x`` are ``z[permutation]``.
+        The permutation :math:`\pi`, shape ``(n,)``; the partners of ``x`` are ``z[permutation]``.
 
     Raises:
         TypeError: if ``x`` or ``z`` is no tensor.

@@ -1,4 +1,4 @@
-"""Networks with a bound on their Lipschitz constant that holds whatever their weights are."""
+"""Contractive networks: the bound on their Lipschitz constant holds whatever their weights are."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ class LipschitzMLP(_LipschitzNet):
 
     .. math::
 
-        g = W_L \circ a \circ \dots \circ a \circ W_1, \quad \|W_\ell\|_2 \le c^{1/L}, \quad a(h) = \frac{h \,
-        \sigma(\beta h)}{1.1}, \quad |a'| < 1,
+        g = W_L \circ a \circ \dots \circ a \circ W_1, \quad \|W_\ell\|_2 \le c^{1/L},
+
+        a(h) = \frac{h \, \sigma(\beta h)}{1.1}, \quad |a'| < 1,
 
         \|g(x) - g(y)\| \le c \, \|x - y\|
 

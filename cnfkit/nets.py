@@ -1,4 +1,4 @@
-"""Small networks that couplings and autoregressive maps ask. Their last layer starts at zero, and so a flow calm.
+"""Small networks: couplings and autoregressive maps ask them. Their last layer starts at zero, and so a flow calm.
 
 Each can take a context beside its input; its ``takes_context`` is then true, from which a bijection knows that it is to
 pass one on. Any module that keeps to this can stand in their place.

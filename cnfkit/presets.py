@@ -1,4 +1,4 @@
-"""The flows of the course by name, for vectors and for images: each a base and a bijection, put together from parts.
+"""Flows by name: those of the course, for vectors and for images, each a base and a bijection put together from parts.
 
 They are short on purpose. Where one does not fit, copy its lines and change them.
 """
@@ -295,7 +295,11 @@ def ffjord(
 ) -> Flow:
     r"""FFJORD: CNFs one after the other; of an image, with convolutions, in several scales.
 
-    .. math:: \frac{dz}{dt} = v(t, z), \qquad \log p(x) = \log p(z(1)) + \int_0^1 \operatorname{div} v(t, z(t)) \, dt
+    .. math::
+
+        \frac{dz}{dt} = v(t, z),
+
+        \log p(x) = \log p(z(1)) + \int_0^1 \operatorname{div} v(t, z(t)) \, dt
 
     In each scale of an image but the last some CNFs stand before a squeeze, and as many after it; then half of the
     channels leave for the latent. With ``scales=3``, ``blocks=2`` and ``alpha=1e-5`` it is RNODE's network for MNIST:

@@ -36,8 +36,8 @@ class History:
         steps: the steps at which it did.
         train: the mean training loss since the step before; NaN where each of these steps was undone.
         validation: the validation loss, if there was a validation split.
-        solver_error: that of the training's solves, see :meth:`cnfkit.NegativeLogLikelihood.solver_error`, if there was
-            a validation split and the loss has one.
+        solver_error: that of the training's solves, see :meth:`~cnfkit.NegativeLogLikelihood.solver_error`, if there
+            was a validation split and the loss has one.
         terms: the mean of each of the loss's terms since the step before, by name.
         recovered: the steps that were not finite, at each of which the run went back.
         ended: why the run did: all ``"steps"`` were taken, the ``"patience"`` was over, or ``"stop"`` said so.

@@ -38,9 +38,13 @@ def fit(
 ) -> History:
     r"""Train a loss module with Adam, the learning rate falling along a cosine.
 
-    .. math:: \eta_k = \eta_0 \min\bigl(1, \tfrac{k+1}{w}\bigr) \cdot \tfrac12 \bigl( 1 + \cos(\pi k / K) \bigr),
-              \qquad \bar\theta_{k+1} = \bar\theta_k + (1 - \beta_k) (\theta_{k+1} - \bar\theta_k),
-              \quad \beta_k = \min\bigl(\beta, \tfrac{1+k}{10+k}\bigr)
+    .. math::
+
+        \eta_k = \eta_0 \min\bigl(1, \tfrac{k+1}{w}\bigr) \cdot \tfrac12 \bigl( 1 + \cos(\pi k / K) \bigr),
+
+        \bar\theta_{k+1} = \bar\theta_k + (1 - \beta_k) (\theta_{k+1} - \bar\theta_k),
+
+        \beta_k = \min\bigl(\beta, \tfrac{1+k}{10+k}\bigr)
 
     The order of the data, and all noise that comes from the generator which the loss is called with, are functions of
     the seed and the step: on the CPU, a run that was interrupted, or killed, and resumed ends in the same weights as

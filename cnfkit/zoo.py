@@ -1,4 +1,4 @@
-"""Weights that were trained once and are published with the course."""
+"""Published weights: trained once, and kept with the course."""
 
 from __future__ import annotations
 

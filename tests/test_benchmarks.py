@@ -14,7 +14,8 @@ import cnfkit as ck
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import fields  # noqa: E402  (of the benchmarks, as all below)
+import ablation  # noqa: E402  (of the benchmarks, as all below)
+import fields  # noqa: E402
 import full_size  # noqa: E402
 import measure  # noqa: E402
 import page  # noqa: E402
@@ -225,6 +226,29 @@ def test_a_step_at_full_size_is_taken_apart():
     assert errors[0] == 0 and errors[1] < 1e-2 and 1e-4 < errors[2] < 0.1
     for row in rows:
         assert 0 < row["convolutions"] < 1 and row["images_per_second"] == pytest.approx(2000 / row["ms"], rel=0.05)
+
+
+def test_the_penalties_of_a_flow_of_images_are_taken_apart(tmp_path, monkeypatch, capsys):
+    """By a small network on digits, in six steps, and stopped once on the way."""
+    monkeypatch.setattr(ablation, "ROWS", 8)
+    monkeypatch.setenv("CNFKIT_PROGRESS", "0")
+    small = tmp_path / "small.toml"
+    text = (ROOT / "cnfkit" / "configs" / "digits_rnode.toml").read_text()
+    small.write_text(text.replace("[32, 32]", "[4]").replace("scales = 2", "scales = 1").replace("1e-3\n", "1e-1\n"))
+    said = ["--config", str(small), "--steps", "4", "--output", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as stopped:
+        ablation.main([*said, "--minutes", "1e-9"])
+    assert stopped.value.code == 0 and not (tmp_path / "runs" / "neither" / "row.json").exists()
+    ablation.main(said)
+    found = json.loads((tmp_path / "runs" / "ablation.json").read_text())
+    assert [row["penalties"] for row in found["rows"]] == list(ablation.VARIANTS)
+    for row in found["rows"]:
+        config = (tmp_path / "runs" / row["penalties"] / "config.toml").read_text()
+        for penalty in ablation.PENALTIES:
+            assert (penalty in config) == (penalty in ablation.VARIANTS[row["penalties"]])
+            assert row[penalty] >= 0
+        assert row["test"]["nll"] > 0 and row["evaluations"] > 0
+    assert "reported" in capsys.readouterr().out
 
 
 def test_what_a_gpu_took_stands_on_the_page_with_its_name():

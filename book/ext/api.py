@@ -128,7 +128,7 @@ def nearest(app, name, thing, options, bases):
 
 def readable(app, what, name, thing, options, arguments, returns):
     """Signatures without what says nothing: a constructor that is PyTorch's, a default that a function makes."""
-    if what == "class" and arguments == "(*args, **kwargs)":
+    if what == "class" and re.sub(r": [~\w.]*Any\b", "", arguments or "") == "(*args, **kwargs)":
         arguments = "()"
     return arguments and arguments.replace("<factory>", "..."), returns
 

@@ -76,7 +76,9 @@ class AffineCoupling(Coupling):
 
     .. math::
 
-        z = m \odot x + (1 - m) \odot \bigl( x \odot e^{s} + t \bigr), \quad (s, t) = \text{net}(m \odot x),
+        z = m \odot x + (1 - m) \odot \bigl( x \odot e^{s} + t \bigr),
+
+        (s, t) = \text{net}(m \odot x),
 
         \log|\det \partial z / \partial x| = \sum_{i : m_i = 0} s_i
 

@@ -1,4 +1,4 @@
-"""One increasing function applied to each coordinate on its own."""
+"""Elementwise maps: one increasing function, applied to each coordinate on its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers that Glow added to coupling flows."""
+"""Glow's layers: what it added to coupling flows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partitions of a point's coordinates for coupling layers."""
+"""Masks: partitions of a point's coordinates, for coupling layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Increasing functions of one number whose parameters a network decides, or training alone."""
+"""Functions of one number: increasing, with parameters that a network decides, or training alone."""
 
 from __future__ import annotations
 

@@ -115,8 +115,9 @@ class MLPField(nn.Module):
 
     .. math::
 
-        \operatorname{tr} J = \operatorname{tr} W_3 \operatorname{diag}(s_2) W_2 \operatorname{diag}(s_1) W_1
-        = s_2^\top \left( W_2 \odot (W_1 W_3)^\top \right) s_1
+        \operatorname{tr} J &= \operatorname{tr} W_3 \operatorname{diag}(s_2) W_2 \operatorname{diag}(s_1) W_1
+
+        &= s_2^\top \left( W_2 \odot (W_1 W_3)^\top \right) s_1
 
     since a trace does not change when the last factor is moved to the front: it is :math:`\sum_{kh} s_{2k} (W_2)_{kh}
     s_{1h} (W_1 W_3)_{hk}`. The matrix in the middle is computed once a solve. Deeper networks carry :math:`d` tangents.

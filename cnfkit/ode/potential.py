@@ -19,8 +19,9 @@ class PotentialField(nn.Module):
 
         \Phi(s) = w^\top (u_0 + u_1) + \tfrac12 |A s|^2 + b^\top s,
 
-        u_l = \sigma(a_l), \qquad a_0 = K_0 s + b_0, \quad a_1 = K_1 u_0 + b_1, \qquad
-        \sigma(a) = \log(e^a + e^{-a})
+        a_0 = K_0 s + b_0, \quad a_1 = K_1 u_0 + b_1,
+
+        u_l = \sigma(a_l), \quad \sigma(a) = \log(e^a + e^{-a})
 
     As :math:`\sigma' = \tanh` and :math:`\sigma'' = 1 - \tanh^2`, the chain rule gives all derivatives in closed form,
     with :math:`\tau_l = \tanh(a_l)`, the derivative :math:`p = w + K_1^\top (w \odot \tau_1)` of the first term in
@@ -32,7 +33,8 @@ class PotentialField(nn.Module):
 
         \nabla_s^2 \Phi = K_0^\top D_0 K_0 + G^\top D_1 G + A^\top A,
 
-        D_0 = \operatorname{diag}\bigl( (1 - \tau_0^2) \odot p \bigr), \qquad
+        D_0 = \operatorname{diag}\bigl( (1 - \tau_0^2) \odot p \bigr),
+
         D_1 = \operatorname{diag}\bigl( (1 - \tau_1^2) \odot w \bigr)
 
     The velocity is minus the first :math:`d` entries of the gradient, of which the last is
