@@ -1,4 +1,4 @@
-"""Flow matching: a velocity field learnt by regression, without solving its equation."""
+"""Flow matching: a velocity field learned by regression, without solving its equation."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class LipschitzMLP(_LipschitzNet):
 
         \|g(x) - g(y)\| \le c \, \|x - y\|
 
-    Each :math:`\beta > 0` is learnt; the last layer starts at zero. Sources: Behrmann et al., *Invertible residual
+    Each :math:`\beta > 0` is learned; the last layer starts at zero. Sources: Behrmann et al., *Invertible residual
     networks*, section 2.1; Chen et al., *Residual flows for invertible generative modeling*, section 3.3.
 
     Args:
