@@ -74,7 +74,7 @@ MODELS = {
     },
 }
 TRAINING = {
-    "realnvp": {"batch": 64, "lr": 3e-2, "steps": 3780},
+    "realnvp": {"batch": 64, "lr": 1e-2, "steps": 3780},
     "glow": {"batch": 64, "lr": 1e-2, "steps": 7200},
     "flowpp": {"batch": 64, "lr": 3e-2, "steps": 3240},
     "iresnet": {"batch": 16, "lr": 1e-1, "steps": 1860},
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="try learning rates on validation images")
     parser.add_argument("--again", action="store_true", help="run rows that are there")
     options = parser.parse_args(arguments)
-    known = list(MODELS) if options.tune else ROWS
+    known = [name for name in MODELS if name != "rnode2"] if options.tune else ROWS
     if unknown := set(options.rows) - set(known):
         parser.error(f"no row {min(unknown)!r}; wanted some of {', '.join(known)}")
     torch.set_num_threads(1)
