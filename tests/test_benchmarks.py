@@ -251,6 +251,12 @@ def test_the_penalties_of_a_flow_of_images_are_taken_apart(tmp_path, monkeypatch
     assert "reported" in capsys.readouterr().out
 
 
+def test_an_ablation_wants_penalties(capsys):
+    with pytest.raises(SystemExit):
+        ablation.main(["--config", "digits"])
+    assert "has the penalties []; wanted kinetic_energy, jacobian_energy" in capsys.readouterr().err
+
+
 def test_what_a_gpu_took_stands_on_the_page_with_its_name():
     timing = {"ms": 1.0, "low": 1.0, "high": 1.0, "calls": 3}
     rows = [{"name": "float32", "error": 0.0, **timing}, {"name": "TF32", "error": 2e-4, **timing, "ms": 0.5}]
