@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "some_numbers"
 CHECKPOINTS = ROOT / "notebooks" / "checkpoints"
 SEEDS, SHAPE = (0, 1), (1, 14, 14)
 VALIDATION, TEST = 250, 1000  # images: of the training set's end, of the test set's beginning
-ALPHA = 1e-5  # of the logit, as FFJORD and RNODE have it on MNIST
+ALPHA = 1e-5  # of the logit
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # that were tried,
 SHARES = (18, 6)  # in trainings so many times as short
 

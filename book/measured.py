@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("choosing", "design")
+CLOCK = ("Flow++ couplings", "Glow", "FFJORD RNODE", "RealNVP", "FFJORD, vanilla", "i-ResNet", "Residual Flow")
 PATHS = ("FFJORD", "RNODE", "OT-Flow", "CFM", "OT-CFM")
 GRID = "8 steps of rk6"
 CLAIMED_BITS = "these 'bits' are negative"
@@ -229,6 +230,17 @@ def paths() -> Table:
     return Table("", ("", "nats above the truth", "evaluations", "detour", "one step off by"), lines)
 
 
+def clock() -> Table:
+    lines = []
+    for name in CLOCK:
+        bits = found("19", rf"{re.escape(name)} +(\d\.\d{{3}}) +(\d\.\d{{3}})")[0]
+        spent = found("19", rf"{re.escape(name)} +\d+, \d+ +(\d+) +(\d+) +([\d.]+) +([\d.]+)")[0]
+        images, evaluations, density, sample = spent
+        counts = [f"{images:,.0f}".replace(",", " "), f"{evaluations:.0f}" if evaluations else "–"]
+        lines.append([name, f"{sum(bits) / 2:.2f}", *counts, number(density), number(sample)])
+    return Table("", ("", "bits/dim", "images seen", "evaluations", "a density, ms", "a sample, ms"), lines)
+
+
 def starts() -> Table:
     lines = []
     for density in results("train")["targets"]:
@@ -282,7 +294,8 @@ def larger_gains() -> float:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
-    f.__name__: f for f in (traces, solvers, tolerances, gradients, penalties, models, fits, paths, starts, costs)
+    f.__name__: f
+    for f in (traces, solvers, tolerances, gradients, penalties, models, fits, clock, paths, starts, costs)
 }
 NUMBERS: dict[str, Callable[[], str]] = {
     "estimate-over-exact": lambda: times(divergence("cnfkit, Hutchinson") / divergence("cnfkit")),
@@ -341,6 +354,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "half-loses": lambda: f"{checked('06', 'bits/dim that the best half loses'):.2f}",
     "scales-gain": lambda: f"{checked('06', 'bits/dim gained on the best with one scale'):.2f}",
     "draws-gain": lambda: f"{checked('06', 'bits/dim that 32 draws gain'):.2f}",
+    "rnode-seconds": lambda: f"{printed('19', 'seconds, RNODE over vanilla')[0]:.2f}",
     "own-tangents": lambda: times(
         named(results("bench")["convolution"]["rows"], "autograd")["ms"]
         / named(results("bench")["convolution"]["rows"], "own tangents")["ms"]
