@@ -235,10 +235,10 @@ def clock() -> Table:
     for name in CLOCK:
         bits = found("19", rf"{re.escape(name)} +(\d\.\d{{3}}) +(\d\.\d{{3}})")[0]
         spent = found("19", rf"{re.escape(name)} +\d+, \d+ +(\d+) +(\d+) +([\d.]+) +([\d.]+)")[0]
-        images, evaluations, density, sample = spent
-        counts = [f"{images:,.0f}".replace(",", " "), f"{evaluations:.0f}" if evaluations else "–"]
-        lines.append([name, f"{sum(bits) / 2:.2f}", *counts, number(density), number(sample)])
-    return Table("", ("", "bits/dim", "images seen", "evaluations", "a density, ms", "a sample, ms"), lines)
+        images, _, density, sample = spent
+        seen = f"{images:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
+        lines.append([name, f"{sum(bits) / 2:.2f}", seen, number(density), number(sample)])
+    return Table("", ("", "bits/dim", "images seen", "a density, ms", "a sample, ms"), lines)
 
 
 def starts() -> Table:
