@@ -29,9 +29,8 @@ VARIANTS = {"neither": (), "kinetic": PENALTIES[:1], "jacobian": PENALTIES[1:], 
 ROWS = 500  # test images of which the energies are measured
 
 
-def variants(text: str, steps: int) -> dict[str, str]:
+def variants(sections: dict[str, dict], steps: int) -> dict[str, str]:
     """The four configurations, whose learning rate warms up in a tenth of the steps at most."""
-    sections = tomllib.loads(text)
     training, weights = sections["training"], sections["loss"]["penalties"]
     training |= {"steps": steps, "warmup": min(training.get("warmup", 0), steps // 10), "records": 20}
     found = {}
@@ -80,12 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     set_precision()
     name, text = find_config(options.config)
-    weights = tomllib.loads(text).get("loss", {}).get("penalties", {})
+    sections = tomllib.loads(text)
+    weights = sections.get("loss", {}).get("penalties", {})
     if not set(PENALTIES) <= set(weights):
         parser.error(f"--config {options.config} has the penalties {list(weights)}; wanted {', '.join(PENALTIES)}")
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     rows = []
-    for variant, content in variants(text, options.steps).items():
+    for variant, content in variants(sections, options.steps).items():
         folder = options.output / variant
         config, stored = folder / f"{variant}.toml", folder / "row.json"
         if not stored.is_file():

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from measured import CLOCK, PATHS, ROOT, checked, found, outputs
+from measured import CLOCK, PATHS, ROOT, bits, checked, found, outputs
 
 README = ROOT / "README.md"
 ROW = re.compile(r"^\| (?P<what>.+) \| (?P<cell>.+) \| chapter (?P<chapter>\d\d) \|$", re.MULTILINE)
@@ -163,7 +163,7 @@ ROWS: dict[str, Callable[[], str]] = {
     ),
     "MNIST at 14 × 14, five to eight minutes": lambda: "; ".join(
         (
-            shown(sum(found("19", rf"{re.escape(name)} +(\d\.\d{{3}}) +(\d\.\d{{3}})")[0]) / 2 for name in CLOCK),
+            shown(bits(name) for name in CLOCK),
             shown(found("19", r"deviation from training to training (\S+)")[0]),
         )
     ),

@@ -229,7 +229,7 @@ def test_a_step_at_full_size_is_taken_apart():
 
 
 def test_the_penalties_of_a_flow_of_images_are_taken_apart(tmp_path, monkeypatch, capsys):
-    """By a small network on digits, in six steps, and stopped once on the way."""
+    """By a small network on digits, in four steps, and stopped once on the way."""
     monkeypatch.setattr(ablation, "ROWS", 8)
     monkeypatch.setenv("CNFKIT_PROGRESS", "0")
     small = tmp_path / "small.toml"
